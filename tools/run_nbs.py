@@ -1,0 +1,51 @@
+"""Runs pages in place, so that their stored outputs come from the code beside them.
+
+    python tools/run_nbs.py [PAGE …]        all pages of nbs/ where none is named
+
+Cells that `nbdev_test` skips keep their outputs. A page's metadata records what code ran and its CPU seconds
+beyond imports, which is what `tests/test_pages.py` reads."""
+import ast, hashlib, os, sys, time
+from pathlib import Path
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+from fastcore.xtras import working_directory
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.process import NBProcessor
+
+def code_hash(nb):
+    "Names the code of a page: it changes when a code cell does."
+    code = '\0'.join(c.source for c in nb.cells if c.cell_type == 'code')
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+def is_import(source):
+    "A cell of imports and directives alone."
+    return all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
+
+def run_page(path, skip):
+    "Runs one page, writes it back clean, returns its CPU seconds beyond imports."
+    directives = {c.id: getattr(c, 'directives_', None) or {} for c in NBProcessor(path, process=True).nb.cells}
+    nb, shell, seconds = read_nb(path), CaptureShell(path), 0.
+    with working_directory(path.parent):
+        for cell in nb.cells:
+            flags = directives.get(cell.id, {})
+            if (cell.cell_type != 'code' or 'nbdev_export(' in cell.source or skip & flags.keys()
+                or flags.get('eval:', [''])[0].lower() == 'false'): continue
+            start = time.process_time()
+            shell.run_all(type(nb)(cells=[cell]), exc_stop=True)
+            if not is_import(cell.source): seconds += time.process_time() - start
+    nb.metadata['sleepnb'] = dict(code=code_hash(nb), seconds=round(seconds, 1))
+    clean_nb(nb, allowed_metadata_keys=['sleepnb'])
+    write_nb(nb, path)
+    return seconds
+
+def main(names):
+    cfg = get_config(path=Path(__file__).parent.parent)
+    os.environ['IN_TEST'] = '1'
+    sys.path.insert(0, str(cfg.config_path))
+    for path in map(Path, names or sorted(nbglob(cfg.nbs_path))):
+        print(f'{path.name:40} {run_page(path.absolute(), set(cfg.tst_flags.split())):5.1f} s', flush=True)
+
+if __name__ == '__main__': main(sys.argv[1:])
