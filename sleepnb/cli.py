@@ -18,7 +18,7 @@ from . import __version__
 from .core import SleepnbError
 from .montage import ALIASES, plot_montage, resolve_montage
 
-# %% ../nbs/640_cli.ipynb #5f8b664f
+# %% ../nbs/640_cli.ipynb #be4a98d1
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help='Automatic sleep staging with any montage. For research, not a medical device.')
 
@@ -29,8 +29,10 @@ def _version(
         typer.echo(f'sleepnb {__version__}')
         raise typer.Exit()
 
+_version_option = typer.Option('--version', callback=_version, is_eager=True, help='Show the version.')
+
 @app.callback()
-def _options(version:Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Show the version.')]=False): pass
+def _options(version:Annotated[bool, _version_option]=False): pass
 
 def main():
     "Runs the command line; an error of ours becomes one line and exit code 2."
@@ -39,14 +41,21 @@ def main():
         if os.environ.get('SLEEPNB_DEBUG'): raise
         typer.echo(f'sleepnb: {error}', err=True)
         sys.exit(2)
+def _make_folder(
+    path:Path, # may exist
+):
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SleepnbError('this folder cannot be made', where=path, found=error.strerror,
+                           remedy='Name another folder, or move what is in its place.') from error
 
-# %% ../nbs/640_cli.ipynb #bf61ba8e
+# %% ../nbs/640_cli.ipynb #14f763e2
 _RECORDINGS = { # dataset → channel names as stored
-    'Sleep-EDF': 'EEG Fpz-Cz, EEG Pz-Oz, EOG horizontal, Resp oro-nasal, EMG submental, Temp rectal, Event marker',
+    'Sleep-EDF': 'EEG Fpz-Cz, EEG Pz-Oz, EOG horizontal, Resp oro-nasal, EMG submental, Temp rectal',
     'ISRUC, subject 40': 'ROC, A1, LOC, A2, C4, O2, C3, O1, F4, F3, X1, X2, X3, DC3, DC8, SaO2',
-    'MASS-SS3': 'EEG C3-CLE, EEG C4-CLE, EEG Cz-CLE, EEG F3-CLE, EEG F4-CLE, EEG O1-CLE, EEG O2-CLE, EEG T3-CLE, EEG T4-CLE, '
+    'MASS-SS3': 'EEG C3-CLE, EEG C4-CLE, EEG Cz-CLE, EEG F3-CLE, EEG F4-CLE, EEG O1-CLE, EEG O2-CLE, '
                 'EOG Left Horiz, EOG Right Horiz, EMG Chin1, EMG Chin2, EMG Chin3, ECG I',
-    'PhysioNet 2018': 'F3-M2, F4-M1, C3-M2, C4-M1, O1-M2, O2-M1, E1-M2, Chin1-Chin2, ABD, CHEST, AIRFLOW, SaO2, ECG'}
+    'PhysioNet 2018': 'F3-M2, F4-M1, C3-M2, C4-M1, O1-M2, O2-M1, E1-M2, Chin1-Chin2, ABD, AIRFLOW, SaO2, ECG'}
 _WANTED = ['F3', 'F4', 'C3', 'C4', 'O1', 'O2', 'Fpz', 'Pz', 'E1', 'E2', 'HEOG', 'Chin']
 
 @app.command()
@@ -55,15 +64,15 @@ def demo(
 ):
     "Find the channels that staging can use in four recordings with four ways of naming them."
     from matplotlib.figure import Figure # here, so that --help stays quick
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     axes = Figure(figsize=(11, 3.2)).subplots(1, len(_RECORDINGS))
     tables = []
     for ax,(dataset,names) in zip(axes, _RECORDINGS.items()):
         found = resolve_montage(names.split(', '), _WANTED, ALIASES['isruc'] if 'ISRUC' in dataset else None)
         typer.echo(f'{dataset}: {found!r}\n')
         tables.append(found.table.assign(dataset=dataset))
-        kinds = found.table[found.mask].modality.value_counts()
-        plot_montage([c.name for c in found.got if c], ax, dataset + '\n' + ', '.join(f'{n} {kind}' for kind,n in kinds.items()))
+        kinds = ', '.join(f'{n} {kind}' for kind,n in found.table[found.mask].modality.value_counts().items())
+        plot_montage(found.table.got[found.mask], ax, f'{dataset}\n{kinds}')
     axes[0].figure.savefig(out/'montages.png', dpi=120, bbox_inches='tight')
     pd.concat(tables).to_csv(out/'channels.csv', index=False)
     typer.echo(f'channels.csv and montages.png are in {out.absolute()}')

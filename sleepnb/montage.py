@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAP_RADIUS', 'SYNONYMS', 'POSITIONS', 'ALIASES', 'AASM', 'project', 'Channel', 'parse_channel', 'plot_montage',
-           'ResolvedMontage', 'resolve_montage']
+           'Derivation', 'ResolvedMontage', 'resolve_montage']
 
 # %% ../nbs/010_montage.ipynb #45068748
 import csv
@@ -41,14 +41,14 @@ def _read_positions():
 POSITIONS = _read_positions() # site → (x, y) on the map; 337 sites of the 10-05 system and both mastoids
 _SITES = {site.upper(): site for site in POSITIONS} | SYNONYMS
 
-# %% ../nbs/010_montage.ipynb #644f6d4e
+# %% ../nbs/010_montage.ipynb #c0a19216
 @dataclass(frozen=True)
 class Channel:
     "One channel of a recording: what the file calls it, and what it is."
-    recorded:str        # as the file spells it
-    site:str            # electrode of interest: `C3`, `E1`, `Chin1`, `HEOG` …; for what is not recognised, as recorded
-    reference:str|None  # the other electrode; `None` where the file does not say
-    modality:Modality
+    recorded:str       # as the file spells it
+    site:str           # electrode of interest: C3, E1, Chin1 …; as recorded if it is not recognised
+    reference:str|None # the other electrode; `None` where the file does not say
+    modality:Modality  # what it measures
 
     @property
     def name(self)->str: # `C3-M2`, or `C3` without a known reference
@@ -56,13 +56,14 @@ class Channel:
         return f'{self.site}-{self.reference}' if self.reference else self.site
 
     @property
-    def position(self)->tuple[float, float]|None: # `(x, y)` on the map; `None` for anything but EEG at a known site
-        "Where the electrode of interest sits."
+    def position(self)->tuple[float, float]|None: # `(x, y)` in [0, 1]²
+        "Where the electrode of interest sits; `None` for anything but EEG at a known site."
         return POSITIONS.get(self.site) if self.modality is Modality.EEG else None
 
-# %% ../nbs/010_montage.ipynb #64366974
-_WORDS = dict(LEFT='L', SIN='L', SX='L', RIGHT='R', DX='R', HORIZ='H', HORIZONTAL='H', VERT='V', VERTICAL='V', EKG='ECG',
-              EKG1='ECG1', EKG2='ECG2', SUBMENTAL='CHIN', SUBMENTALIS='CHIN', MENTALIS='CHIN', TIBIALIS='TIB')
+# %% ../nbs/010_montage.ipynb #675617e7
+_WORDS = dict(LEFT='L', SIN='L', SX='L', RIGHT='R', DX='R', HORIZ='H', HORIZONTAL='H', VERT='V', VERTICAL='V',
+              SUBMENTAL='CHIN', SUBMENTALIS='CHIN', MENTALIS='CHIN',
+              LEGS='LEG', ANT='', TIBIAL='TIB', TIBIALIS='TIB')
 _PATTERNS = [ # spelling → canonical name, to which the groups are added
     (r'E1|LOC|LEOG|EOG(?:L|LOC|E1|1)H?',                    'E1',   Modality.EOG),
     (r'E2|ROC|REOG|EOG(?:R|ROC|E2|2)H?',                    'E2',   Modality.EOG),
@@ -74,8 +75,8 @@ _PATTERNS = [ # spelling → canonical name, to which the groups are added
     (r'(?:EMG)?([LRC])CHIN([123]?)',                        'Chin', Modality.EMG),
     (r'(?:EMG)?([LR])(?:LEG|TIB|AT|PLM)([12+-]?)',          'Leg',  Modality.EMG),
     (r'(?:EMG)?(?:LEG|TIB|PLM)([LR]?[12+-]?)',              'Leg',  Modality.EMG),
-    (r'ECG([123]?)',                                        'ECG',  Modality.ECG),
-    (r'ECG(I{1,3}|V[1-6]?|L|R)',                            'ECG-', Modality.ECG)]
+    (r'(?:E[CK]G)?E[CK]G([123]?)',                          'ECG',  Modality.ECG),
+    (r'(?:E[CK]G)?E[CK]G(I{1,3}|V[1-6]?|L|R)',              'ECG-', Modality.ECG)]
 
 def _electrode(
     tokens:list[str], # words of a name in capitals, e.g. `['EOG', 'LEFT', 'HORIZ']`
@@ -86,18 +87,18 @@ def _electrode(
     for pattern,site,modality in _PATTERNS:
         if m := re.fullmatch(pattern, joined): return site + ''.join(m.groups()), modality
 
-# %% ../nbs/010_montage.ipynb #df12460f
-_JOINED = dict(LE='LE', CLE='LE', LER='LE', A1A2='LE', M1M2='LE', AVG='AVG', AV='AVG', AVE='AVG', AVERAGE='AVG', CAR='AVG')
+# %% ../nbs/010_montage.ipynb #fb12ecc4
+_JOINED = dict(LE='LE', CLE='LE', LER='LE', A1A2='LE', M1M2='LE',
+               AVG='AVG', AV='AVG', AVE='AVG', AVERAGE='AVG', CAR='AVG')
 
 def _reference(
-    tokens:list[str], # what follows the electrode of interest
-)->tuple|None:        # a tuple of the canonical reference, which may be `None`; `None` if it is not recognised
-    if tokens and (tokens[-1] in ('REF', 'REFERENCE') or re.fullmatch(r'\d', tokens[-1])): tokens = tokens[:-1]
-    if not tokens: return (None,)
-    if (joined := _JOINED.get(''.join(tokens))): return (joined,)
-    return (found := _electrode(tokens)) and found[:1]
+    tokens:list[str], # the words after the electrode of interest
+)->str|None:          # canonical reference; `''` where the file does not say; `None` if it is not recognised
+    if tokens and re.fullmatch(r'REF|REFERENCE|\d', tokens[-1]): tokens = tokens[:-1]
+    joined,electrode = _JOINED.get(''.join(tokens)), _electrode(tokens)
+    return joined or (electrode[0] if electrode else None if tokens else '')
 
-# %% ../nbs/010_montage.ipynb #087fa51a
+# %% ../nbs/010_montage.ipynb #892e4d1f
 _PREFIX = r'^(?:(?:EEG|POL|PSG)(?:[\s_:.-]+|$))+'
 _TOKEN = r'[A-Z0-9]+(?:(?<=LEG)[+-](?![A-Z0-9]))?'
 
@@ -107,19 +108,23 @@ def _tokens(
     body = re.sub(_PREFIX, '', text.upper())
     body = re.sub(r'\(?([AM])1\s*\+\s*\1?2\)?(?:/2)?', r' \g<1>1\g<1>2', body)   # A1+A2 → A1A2
     if not re.fullmatch(rf'(?:{_TOKEN}|[\s_:./()-])*', body): return []
-    tokens = [re.fullmatch(r'(.*?)([AM][12])?', t).groups() for t in re.findall(_TOKEN, body)]
-    return [w for head,ear in tokens for w in ([head, ear] if ear and _electrode([head]) else [head + (ear or '')]) if w]
+    words = []
+    for token in re.findall(_TOKEN, body):
+        head,ear = re.fullmatch(r'(.*?)([AM][12])?', token).groups()
+        words += [head, ear] if ear and _electrode([head]) else [token]          # C3A2 → C3, A2
+    return words
 
-# %% ../nbs/010_montage.ipynb #0d529791
+# %% ../nbs/010_montage.ipynb #07e9ef6a
 ALIASES = { # dataset → its own names → what they are
     'isruc': {'X1': 'Chin', 'X2': 'ECG', 'X3': 'Leg'},
     'shhs': {'EEG': 'C4-A1', 'EEG(sec)': 'C3-A2', 'EEG sec': 'C3-A2', 'EEG2': 'C3-A2', 'EEG 2': 'C3-A2'},
+    'wsc': {'cchin_l': 'Cchin-Lchin', 'cchin_r': 'Cchin-Rchin', 'rchin_l': 'Rchin-Lchin'},
     'mesa': {'EEG1': 'Fz-Cz', 'EEG2': 'Cz-Oz', 'EEG3': 'C4-M1'}}
 
 def _clean(
     text:str,  # as a file has it
-)->str:        # without unprintable characters, and with single spaces
-    return ''.join(c for c in ' '.join(unicodedata.normalize('NFKC', text).split()) if c.isprintable())
+)->str:        # printable, with single spaces
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in unicodedata.normalize('NFKC', text)).split())
 
 def parse_channel(
     name:str,                         # as recorded: any spelling
@@ -128,19 +133,20 @@ def parse_channel(
     """What a channel name means: its electrodes, and what it measures.
 
     Raises `MontageError` when the name is not text, or is empty."""
-    if not isinstance(name, str): raise MontageError('a channel name is text', found=f'{name!r} of type {type(name).__name__}')
+    if not isinstance(name, str):
+        raise MontageError('a channel name must be text', found=f'{name!r}, which is {type(name).__name__}')
     text = _clean(name)
-    if not text: raise MontageError('a channel has no name', found=repr(name), remedy='Name the channels of the recording first.')
+    if not text: raise MontageError('a channel has no name', found=repr(name), remedy='Name the channel first.')
     known = {_clean(k).casefold(): v for k,v in (aliases or {}).items()}
     spelled = known.get(text.casefold(), text)
     tokens = _tokens(spelled)
     for k in range(len(tokens), 0, -1):
         site,reference = _electrode(tokens[:k]), _reference(tokens[k:])
-        if site and reference: return Channel(name, site[0], *reference, site[1])
-    kind = re.match(r'EEG|EOG|EMG|ECG|EKG(?![A-Z])', spelled.upper())
-    return Channel(name, spelled, None, Modality(kind[0].replace('K', 'C')) if kind else Modality.OTHER)
+        if site and reference is not None: return Channel(name, site[0], reference or None, site[1])
+    kind = re.match(r'(EEG|EOG|EMG|E[CK]G)(?![A-Z])', spelled.upper())
+    return Channel(name, spelled, None, Modality(kind[1].replace('K', 'C')) if kind else Modality.OTHER)
 
-# %% ../nbs/010_montage.ipynb #82ead80b
+# %% ../nbs/010_montage.ipynb #6b1efb4d
 def plot_montage(
     names:list[str], # channel names in any spelling; those without a place are left out
     ax=None,             # matplotlib axes; a new figure if none is given
@@ -155,19 +161,22 @@ def plot_montage(
     if not places: raise MontageError('no channel has a known place', found=', '.join(names) or 'no names')
     ax = ax or plt.subplots(figsize=(3, 3))[1]
     pos = np.array([*places.values()]) - .5
-    mne.viz.plot_topomap(np.zeros(len(pos)), pos, sphere=(0, 0, 0, np.pi/2 / (2*MAP_RADIUS)), axes=ax, show=False, # outline only
-                         contours=0, cmap='Greys', vlim=(0, 1), image_interp='nearest', sensors=False)
+    ears = np.pi/2 / (2*MAP_RADIUS)                                            # a quarter turn from the vertex
+    mne.viz.plot_topomap(np.zeros(len(pos)), pos, sphere=(0, 0, 0, ears), axes=ax, show=False, sensors=False,
+                         contours=0, cmap='Greys', vlim=(0, 1), image_interp='nearest') # the outline alone
     ax.scatter(*pos.T, s=24, color='#0072B2', zorder=5, clip_on=False)
-    for site,xy in zip(places, pos): ax.annotate(site, xy, (0, -5), textcoords='offset points', ha='center', va='top', fontsize=8)
+    for site,xy in zip(places, pos):
+        ax.annotate(site, xy, (0, -5), textcoords='offset points', ha='center', va='top', fontsize=8)
     ax.set_title(title, fontsize=10)
     return ax
 
-# %% ../nbs/010_montage.ipynb #febdf091
+# %% ../nbs/010_montage.ipynb #3d70ea77
 AASM = ['F3-M2', 'F4-M1', 'C3-M2', 'C4-M1', 'O1-M2', 'O2-M1', 'E1-M2', 'E2-M1', 'Chin'] # what scorers look at
 
-_PAIRS = {'Chin': [('Chin1', 'Chin2'), ('Chin1', 'Chin3'), ('Chin2', 'Chin3'), ('ChinC', 'ChinL'), ('ChinC', 'ChinR'), ('ChinL', 'ChinR')],
-          'ECG': [('ECG1', 'ECG2')]}
-_SINGLES = {'Chin': ['Chin1', 'Chin2', 'Chin3', 'ChinC', 'ChinL', 'ChinR'], 'ECG': ['ECG-II', 'ECG-I', 'ECG1', 'ECG2']}
+_CHINS = ['Chin1', 'Chin2', 'Chin3', 'ChinC', 'ChinL', 'ChinR']
+_PAIRS = {'Chin': [('Chin1', 'Chin2'), ('Chin1', 'Chin3'), ('Chin2', 'Chin3'),
+                   ('ChinC', 'ChinL'), ('ChinC', 'ChinR'), ('ChinL', 'ChinR')], 'ECG': [('ECG1', 'ECG2')]}
+_SINGLES = {'Chin': _CHINS, 'ECG': ['ECG-II', 'ECG-I', 'ECG1', 'ECG2']}
 
 def _mastoids(
     site:str,   # electrode of interest
@@ -207,105 +216,121 @@ def _candidates(
                 for c in sorted(channels.values(), key=lambda c: rank.get(c.reference, 3)) if c.site == site]
     return _PAIRS.get(want.site, []) + [(want.site, m) for m in _mastoids(want.site)] + recorded
 
-# %% ../nbs/010_montage.ipynb #fa0557ad
+# %% ../nbs/010_montage.ipynb #7cff1514
+@dataclass(frozen=True)
+class Derivation:
+    "Where one wanted channel comes from."
+    wanted:Channel       # as asked for
+    got:Channel|None     # what it is now; `None` where missing
+    terms:dict[int, int] # number in the file → +1 or −1; empty where missing
+    details:str          # the same in words
+
+    @property
+    def how(self)->str: # `'recorded'`, `'inverted'`, `'derived'` or `'missing'`
+        "The fate of the wanted channel."
+        if not self.terms: return 'missing'
+        return 'derived' if len(self.terms) > 1 else 'recorded' if 1 in self.terms.values() else 'inverted'
+
+def _explain(
+    want:Channel,
+    terms:dict[int, int],       # as `_derive` gives them
+    channels:dict[int, Channel],
+)->str:                         # how a wanted channel is made, or what is there instead
+    parts = [f'{"+" if sign > 0 else "−"} {channels[i].recorded}' for i,sign in terms.items()]
+    if parts: return ' '.join(parts).removeprefix('+ ')
+    near = [c.name for c in channels.values() if c.site == want.site]
+    return f'there is {" and ".join(near)}; ask for {want.site} to accept it' if near else f'no {want.site}'
+
+# %% ../nbs/010_montage.ipynb #899d09ad
 @dataclass(frozen=True, repr=False)
 class ResolvedMontage:
     "What became of each wanted channel, and of each recorded one."
-    wanted:list[Channel]        # as asked for
-    recorded:list[Channel]      # as the file has them
-    got:list[Channel|None]      # per wanted channel: what it is now; `None` where missing
-    terms:list[dict[int, int]]  # per wanted channel: number in the file → sign
-    why:list[str]               # per wanted channel: how it was got, or why not
-    why_not:dict[int, str]      # number in the file of each channel that is not used → the reason
+    derivations:list[Derivation] # one per wanted channel, in the order asked for
+    recorded:list[Channel]       # in the order of the file
+    unused:dict[int, str]        # number in the file → why that channel is not used
 
     @property
     def mask(self)->np.ndarray: # `(wanted,)`, bool
         "True where a wanted channel is there."
-        return np.array([bool(t) for t in self.terms])
+        return np.array([bool(d.terms) for d in self.derivations])
 
     @property
     def picks(self)->list[int]: # numbers in the file, ascending
         "The recorded channels that have to be read."
-        return sorted({i for t in self.terms for i in t})
+        return sorted({i for d in self.derivations for i in d.terms})
 
     @property
-    def matrix(self)->np.ndarray: # `(wanted, picks)`, of −1, 0 and 1; a missing channel is a row of zeros
+    def matrix(self)->np.ndarray: # `(wanted, picks)`, float32: −1, 0 or 1; a missing channel is a row of zeros
         "Turns the picked signals into the wanted ones: `matrix @ x[picks]`."
-        return np.array([[t.get(i, 0) for i in self.picks] for t in self.terms], dtype=np.float32)
+        return np.array([[d.terms.get(i, 0) for i in self.picks] for d in self.derivations], dtype=np.float32)
 
     @property
     def table(self)->pd.DataFrame: # one row per wanted channel
         "The fate of each wanted channel."
-        rows = [dict(wanted=w.name, got=g.name if g else None, modality=str(w.modality), how=h.split(':')[0], details=h.partition(': ')[2])
-                for w,g,h in zip(self.wanted, self.got, self.why)]
-        return pd.DataFrame(rows)
-
-    @property
-    def unused(self)->pd.DataFrame: # one row per recorded channel that is not used
-        "The recorded channels that are left over, and why."
-        rows = [dict(recorded=self.recorded[i].recorded, name=self.recorded[i].name, modality=str(self.recorded[i].modality), why=r)
-                for i,r in self.why_not.items()]
-        return pd.DataFrame(rows, columns=['recorded', 'name', 'modality', 'why'])
+        return pd.DataFrame([dict(wanted=d.wanted.name, got=d.got.name if d.got else '',
+                                  modality=str(d.wanted.modality), how=d.how, details=d.details)
+                             for d in self.derivations])
 
     def __repr__(self):
-        lines = [f'{self.mask.sum()} of {len(self.wanted)} wanted channels, from {len(self.picks)} of {len(self.recorded)} recorded']
-        lines += [f'  {w.name:8} {g.name if g else "–":12} {h}' for w,g,h in zip(self.wanted, self.got, self.why)]
-        if self.why_not: lines += ['not used'] + [f'  {self.recorded[i].recorded!r}: {r}' for i,r in self.why_not.items()]
+        lines = [f'{sum(self.mask)} of {len(self.mask)} wanted channels, '
+                 f'from {len(self.picks)} of {len(self.recorded)} recorded']
+        lines += [f'  {r.wanted:8} {r.got or "–":12} {r.how:9} {r.details}' for r in self.table.itertuples()]
+        lines += [f'  not used: {self.recorded[i].recorded!r}, {why}' for i,why in self.unused.items()]
         return '\n'.join(lines)
 
-# %% ../nbs/010_montage.ipynb #1b5c7921
+# %% ../nbs/010_montage.ipynb #eee5e6b6
 def _parse_all(
     names:list[str], # as recorded
     aliases:dict[str, str]|None,
-)->tuple[list[Channel], dict[int, str]]: # channels in the order of the file, and why some must not be used
+)->tuple[list[Channel], dict[int, str]]: # channels in the order of the file; number → why one must not be used
     channels,refused,first = [],{},{}
     is_net = any(re.fullmatch(r'E0*([3-9]|[1-9]\d+)', _clean(n)) for n in names)
     for i,name in enumerate(names):
-        try: c = parse_channel(name, aliases)
-        except MontageError: c,refused[i] = Channel(name, '', None, Modality.OTHER),'it has no name'
-        if is_net and re.fullmatch(r'E\d+', _clean(name)): refused[i] = 'a number in a net of electrodes, whose places are not known here'
-        elif i not in refused and c.modality is Modality.OTHER: refused[i] = 'its name is not known here'
-        elif i not in refused and c.name in first: refused[i] = f'the same electrodes as {first[c.name]!r}'
+        has_name = bool(_clean(name))
+        c = parse_channel(name, aliases) if has_name else Channel(name, '', None, Modality.OTHER)
+        if not has_name: refused[i] = 'it has no name'
+        elif is_net and re.fullmatch(r'E\d+', _clean(name)): refused[i] = 'one of a numbered net'
+        elif c.modality is Modality.OTHER: refused[i] = 'not EEG, EOG, EMG or ECG by its name'
+        elif c.name in first: refused[i] = f'the same electrodes as {first[c.name]!r}'
         first.setdefault(c.name, name)
         channels.append(c)
     return channels,refused
 
-# %% ../nbs/010_montage.ipynb #b62b600c
-def _explain(
-    want:Channel,
-    terms:dict[int, int],
-    recorded:list[Channel],
-)->str: # how a wanted channel was got, or why it is missing
-    if not terms:
-        near = [c.name for c in recorded if c.site == want.site]
-        return f'missing: there is only {", ".join(near)}; ask for {want.site} to accept it' if near else f'missing: no {want.site}'
-    (i,sign),*rest = terms.items()
-    if not rest: return f'{"recorded" if sign > 0 else "inverted"}: {recorded[i].recorded}'
-    return f'derived: {"" if sign > 0 else "−"}{recorded[i].recorded}' + ''.join(f' {"+" if s > 0 else "−"} {recorded[j].recorded}' for j,s in rest)
+# %% ../nbs/010_montage.ipynb #95dcdc5b
+def _parse_wanted(
+    wanted:list[str], # in any spelling
+)->list[Channel]:
+    wants = [parse_channel(w) for w in wanted]
+    if unknown := [w.recorded for w in wants if w.modality is Modality.OTHER]:
+        raise MontageError('a wanted channel is not an electrode', found=', '.join(unknown),
+                           expected='names such as C3-M2 or E1')
+    names = [w.name for w in wants]
+    if not wants or len(set(names)) < len(names):
+        raise MontageError('each channel must be asked for once', found=', '.join(names) or 'no names')
+    return wants
 
 def resolve_montage(
-    recorded:list[str],              # the names in a recording, in its order, any spelling
-    wanted:list[str]=AASM,           # channels asked for, any spelling: `C3-M2` exactly, `C3` against any reference
-    aliases:dict[str, str]|None=None, # this recording's own names → what they are, e.g. `ALIASES['isruc']`
-    where:str|None=None,                 # the file, for messages
+    recorded:list[str],                # the names in a recording, in its order, any spelling
+    wanted:list[str]=AASM,             # any spelling: `C3-M2` is exactly that, `C3` is C3 against any reference
+    aliases:dict[str, str]|None=None,  # this recording's own names → what they are, e.g. `ALIASES['isruc']`
+    where:str|None=None,               # the file, for messages
 )->ResolvedMontage:
     """Chooses, derives or masks each wanted channel, and accounts for each recorded one.
 
-    Raises `MontageError` when a wanted name is no electrode or is given twice, and when none of them can be had."""
-    wants = [parse_channel(w) for w in wanted]
-    if unknown := [w.recorded for w in wants if w.modality is Modality.OTHER]:
-        raise MontageError('a wanted channel is not an electrode', found=', '.join(unknown), expected='names such as C3-M2, Fpz-Cz, E1 or Chin')
-    if not wants or len({w.name for w in wants}) < len(wants):
-        raise MontageError('the wanted channels must be given once each', found=', '.join(w.name for w in wants) or 'none')
+    Raises `MontageError` when a wanted name is no electrode or comes twice, or nothing wanted is there."""
+    wants = _parse_wanted(wanted)
     channels,refused = _parse_all(recorded, aliases)
     usable = {i: c for i,c in enumerate(channels) if i not in refused}
-    steps,got,terms = _steps(usable),[],[]
+    steps,derivations = _steps(usable),[]
     for want in wants:
-        found = next(((pair, t) for pair in _candidates(want, usable) if (t := _derive(*pair, steps))), None)
-        got.append(found and Channel(want.recorded, *found[0], want.modality))
-        terms.append(found[1] if found else {})
-    if not any(terms):
-        raise MontageError('none of the wanted channels is in the recording', where=where, expected=', '.join(w.name for w in wants),
-            found=', '.join(recorded) or 'no channels', remedy='If these names are special to your recorder, pass aliases={"recorded name": "C3-M2", …}.')
-    why_not = {i: refused.get(i, 'not asked for') for i in range(len(channels)) if not any(i in t for t in terms)}
-    return ResolvedMontage(wants, channels, got, terms, [_explain(w, t, channels) for w,t in zip(wants, terms)], why_not)
+        made = [(pair, terms) for pair in _candidates(want, usable) if (terms := _derive(*pair, steps))]
+        pair,terms = made[0] if made else (None, {})
+        got = Channel(want.recorded, *pair, want.modality) if pair else None
+        derivations.append(Derivation(want, got, terms, _explain(want, terms, usable)))
+    if not any(d.terms for d in derivations):
+        raise MontageError('none of the wanted channels is in the recording', where=where,
+            expected=', '.join(w.name for w in wants), found=', '.join(recorded) or 'no channels',
+            remedy='If the recorder has names of its own, say what they are: aliases={"its name": "C3-M2"}.')
+    used = {i for d in derivations for i in d.terms}
+    unused = {i: refused.get(i, 'not asked for') for i in range(len(channels)) if i not in used}
+    return ResolvedMontage(derivations, channels, unused)

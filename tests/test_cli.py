@@ -1,0 +1,43 @@
+"""The command as a shell runs it."""
+import subprocess, sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import sleepnb
+from sleepnb import cli
+from sleepnb.core import RecordingError
+
+SLEEPNB = Path(sys.executable).with_name('sleepnb')
+
+def run(*args, **kwargs): return subprocess.run([SLEEPNB, *map(str, args)], capture_output=True, text=True, **kwargs)
+
+def test_demo_leaves_what_it_says(tmp_path):
+    done = run('demo', '--out', tmp_path/'made', cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr
+    assert str(tmp_path/'made') in done.stdout.splitlines()[-1]
+    assert (tmp_path/'made'/'montages.png').read_bytes().startswith(b'\x89PNG')
+    table = pd.read_csv(tmp_path/'made'/'channels.csv', keep_default_na=False)
+    assert table[table.how == 'missing'].got.eq('').all() and len(table) == 48
+    mass = table[table.dataset == 'MASS-SS3'].set_index('wanted')
+    assert mass.loc['Chin', 'details'] == 'EMG Chin1 − EMG Chin2' and mass.loc['C3', 'got'] == 'C3-LE'
+
+def test_demo_into_a_place_that_is_a_file(tmp_path):
+    (tmp_path/'taken').write_text('')
+    done = run('demo', '--out', tmp_path/'taken')
+    assert done.returncode == 2 and 'taken' in done.stderr and 'Traceback' not in done.stderr
+
+def test_help_and_version():
+    assert run('--version').stdout.strip() == f'sleepnb {sleepnb.__version__}'
+    assert 'demo' in run('--help').stdout
+    wrong = run('dream')
+    assert wrong.returncode == 2 and 'dream' in wrong.stderr
+
+def test_an_error_is_one_line_and_a_traceback_only_on_request(monkeypatch, capsys):
+    def fail(): raise RecordingError('no signal', where='night.edf', remedy='Check the electrodes.')
+    monkeypatch.setattr(cli, 'app', fail)
+    with pytest.raises(SystemExit) as stop: cli.main()
+    assert stop.value.code == 2 and capsys.readouterr().err == 'sleepnb: night.edf: no signal. Check the electrodes.\n'
+    monkeypatch.setenv('SLEEPNB_DEBUG', '1')
+    with pytest.raises(RecordingError): cli.main()

@@ -1,0 +1,110 @@
+"""Pages, modules, README and navigation agree with each other and keep the house rules."""
+import ast, filecmp, importlib.util, json, re, shutil, subprocess, sys
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+import yaml
+from execnb.nbio import read_nb
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT/'nbs').glob('*.ipynb'))
+FASTAI = {'sleepnb.data.loaders', 'sleepnb.callbacks', 'sleepnb.learner'} # the only modules that may import it
+
+def tool(name):
+    "One of the project's tools, as a module."
+    spec = importlib.util.spec_from_file_location(name, ROOT/'tools'/f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def code(path): return [c.source for c in read_nb(path).cells if c.cell_type == 'code']
+
+def exported(path):
+    "The module that a page makes, or `None`."
+    return next((f'sleepnb.{m[1]}' for source in code(path) if (m := re.match(r'#\|\s*default_exp\s+(\S+)', source))), None)
+
+def page_number(path): return int(m[0]) if (m := re.match(r'\d+', path.name)) else None
+
+NUMBERS = {module: page_number(page) for page in PAGES if (module := exported(page))}
+
+def imports(module):
+    "Every module that a module imports, however it does so."
+    tree = ast.parse(ROOT.joinpath(*module.split('.')).with_suffix('.py').read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from ((a.name, a.name) for a in node.names)
+        if isinstance(node, ast.ImportFrom):
+            name = '.'*node.level + (node.module or '')
+            base = resolve_name(name, module.rpartition('.')[0]) if node.level else name
+            yield from ((base, a.name) for a in node.names)
+            yield from ((f'{base}.{a.name}', a.name) for a in node.names if f'{base}.{a.name}' in NUMBERS)
+
+@pytest.mark.parametrize('module', NUMBERS)
+def test_imports_point_down(module):
+    for base,_ in imports(module):
+        if base in NUMBERS: assert NUMBERS[base] < NUMBERS[module], f'{module} imports {base}, which comes later'
+
+@pytest.mark.parametrize('module', NUMBERS)
+def test_imports_keep_the_rooms_apart(module):
+    names = {base for base,_ in imports(module)}
+    rooms = {'data': 'sleepnb.models', 'models': 'sleepnb.data'}
+    forbidden = rooms.get(module.split('.')[1])
+    assert not forbidden or not any(n.startswith(forbidden) for n in names), f'{module} imports from {forbidden}'
+    assert module in FASTAI or not any(n.partition('.')[0] == 'fastai' for n in names), f'{module} imports fastai'
+    assert not any(n.partition('.')[0] in ('pickle', 'torchvision', 'torchaudio') or n.startswith('fastai.vision') for n in names)
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_no_star_imports(page):
+    for source in code(page): assert not re.search(r'^\s*from\s+\S+\s+import\s+\*', source, re.M), source
+
+def test_numbers_are_given_once():
+    numbers = [n for page in PAGES if (n := page_number(page)) is not None]
+    assert len(set(numbers)) == len(numbers)
+
+def test_modules_are_in_step_and_pages_clean(tmp_path):
+    "Exporting and cleaning a copy of the project changes nothing in it."
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml'): shutil.copy(ROOT/name, tmp_path)
+    for name in ('nbs', 'sleepnb'): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__'))
+    for command in ('nbdev_export', 'nbdev_clean'):
+        subprocess.run([Path(sys.executable).with_name(command)], cwd=tmp_path, check=True, capture_output=True)
+    differ = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*') if p.is_file() and p.suffix in ('.py', '.ipynb', '.toml')
+              and not ((there := ROOT/p.relative_to(tmp_path)).exists() and filecmp.cmp(p, there, shallow=False))]
+    assert not differ, f'run nbdev_export and nbdev_clean: {differ}'
+    made = {p.relative_to(tmp_path) for p in (tmp_path/'sleepnb').rglob('*.py')}
+    assert {p.relative_to(ROOT) for p in (ROOT/'sleepnb').rglob('*.py')} == made
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_outputs_belong_to_the_code_and_take_seconds(page):
+    "`tools/run_nbs.py` notes what it ran and how long it took."
+    nb = read_nb(page)
+    noted = nb.metadata.get('sleepnb', {})
+    assert noted.get('code') == tool('run_nbs').code_hash(nb), f'run python tools/run_nbs.py nbs/{page.name}'
+    assert noted['seconds'] <= 10, f'{page.name} takes {noted["seconds"]} s beyond its imports'
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_import_cells_hold_nothing_else(page):
+    "They also run when the site is built."
+    run_nbs = tool('run_nbs')
+    for source in code(page):
+        own_imports = any(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
+        assert not own_imports or run_nbs.is_import(source) or 'nbdev_export()' in source, source
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_code_fits_the_site(page):
+    for source in code(page):
+        assert all(len(l) <= 112 for l in source.splitlines() if not l.startswith('#|')), f'a line is too wide:\n{source}'
+
+def test_every_page_is_in_the_navigation_once():
+    def pages(contents): return [p for o in contents for p in ([o] if isinstance(o, str) else pages(o['contents']))]
+    assert (ROOT/'nbs'/'_quarto.yml').resolve() == ROOT/'_quarto.yml'
+    site = yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']
+    assert sorted(pages(site['sidebar']['contents'])) == sorted(p.name for p in PAGES)
+
+def test_readme_is_the_front_page():
+    assert (ROOT/'README.md').read_text() == tool('readme').readme(), 'run python tools/readme.py'
+
+def test_reading_names_loads_no_heavy_library():
+    "Commands and readers start quickly because what they import does not load these."
+    heavy = {'torch', 'fastai', 'mne', 'matplotlib', 'sklearn', 'seaborn'}
+    command = f'import sys, json, sleepnb.montage, sleepnb.cli; print(json.dumps(sorted({heavy} & set(sys.modules))))'
+    assert json.loads(subprocess.run([sys.executable, '-c', command], check=True, capture_output=True, text=True).stdout) == []

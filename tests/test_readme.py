@@ -1,0 +1,36 @@
+"""What the README shows is run, from the day on which all that it calls exists."""
+import ast, importlib.util, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent/'README.md').read_text()
+PYTHON = re.findall(r'(?ms)^```python\n(.*?)^```', README)
+SHELL = re.findall(r'(?ms)^```sh\n(.*?)^```', README)
+
+def missing(source):
+    "Modules of sleepnb that the code imports and that do not exist, or names that they lack."
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or not node.module.startswith('sleepnb'): continue
+        try: module = importlib.import_module(node.module)
+        except ModuleNotFoundError as error:
+            if not (error.name or '').startswith('sleepnb'): raise
+            yield node.module
+            continue
+        yield from (f'{node.module}.{a.name}' for a in node.names if not hasattr(module, a.name))
+
+def test_readme_has_its_commands_and_doors():
+    assert len(SHELL) == 2 and len(PYTHON) == 4
+    assert SHELL[0].rstrip().endswith('&& sleepnb demo')
+    assert SHELL[1].rstrip().endswith('&& nbdev_test --n_workers 2 && python -m pytest -q tests')
+    assert all(s.startswith('python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt ') for s in SHELL)
+
+@pytest.mark.parametrize('source', PYTHON, ids=lambda s: s.split()[1])
+def test_python(source, tmp_path):
+    if absent := list(missing(source)): pytest.skip(f'not built yet: {", ".join(absent)}')
+    run = subprocess.run([sys.executable, '-c', source], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+def test_the_skip_does_not_hide_a_broken_import():
+    assert list(missing('from sleepnb.montage import resolve_montage, no_such_name')) == ['sleepnb.montage.no_such_name']
+    assert list(missing('from sleepnb.no_such_module import x')) == ['sleepnb.no_such_module']
