@@ -1,0 +1,205 @@
+"""Reading nights: a real one whole, every kind of hypnogram file, and two thousand damaged inputs."""
+import datetime
+from pathlib import Path
+
+import mne
+import numpy as np
+import pytest
+from edfio import Bdf, BdfSignal, Edf, EdfAnnotation, EdfSignal, read_edf
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from sleepnb.core import EPOCH_SEC, HypnogramError, RecordingError, SleepnbError, Stage
+from sleepnb.data.psg import AMPLITUDES, NUMBERS, align, open_recording, read_hypnogram, read_night, sample_files, stage_of_word
+
+RNG = np.random.default_rng(0)
+TRUTH = np.array([0, 1, 2, 3, 4, 2, 0, 0], np.int8)
+WORDS = ['Sleep stage W', 'Sleep stage 1', 'Sleep stage 2', 'Sleep stage 4', 'Sleep stage R', 'Sleep stage 2', 'Sleep stage W', 'Sleep stage W']
+EEG = np.round(RNG.normal(size=8*3000) * 30)                       # µV
+EMG = np.round(RNG.normal(size=8*30) ** 2)
+
+def write_psg(path, start=datetime.datetime(2020, 1, 2, 22, 0, 0), annotations=(), unit='uV', scale=1.):
+    rng = (-3276.8 * scale, 3276.7 * scale)
+    signals = [EdfSignal(EEG * scale, 100, label='EEG C3-A2', physical_dimension=unit, physical_range=rng),
+               EdfSignal(EMG, 1, label='EMG submental', physical_dimension='uV', physical_range=(0, 4095))]
+    edf = Edf(signals, starttime=start.time(), annotations=annotations or None, data_record_duration=30)
+    edf.startdate = start.date()
+    edf.write(path)
+    return path
+
+def write_hypnogram(path, start=datetime.datetime(2020, 1, 2, 22, 0, 0), words=WORDS, step=30., offset=0.):
+    edf = Edf([], annotations=[EdfAnnotation(offset + i*step, step, w) for i,w in enumerate(words)], starttime=start.time())
+    edf.startdate = start.date()
+    edf.write(path)
+    return path
+
+# ---- the real night
+
+def test_the_real_night_whole(data):
+    folder = data/'sleep-edf'/'sleep-cassette'
+    night = read_night(folder/'SC4001E0-PSG.edf', folder/'SC4001EC-Hypnogram.edf')
+    assert [int((night.stages == s).sum()) for s in Stage] == [1997, 58, 250, 220, 125] and len(night.stages) == 2650
+    assert [c.name for c in night.channels] == ['Fpz-Cz', 'Pz-Oz', 'HEOG', 'Chin'] and night.fs == [100, 100, 100, 1]
+    cut = read_night(*sample_files())
+    inside = slice(961, 1802)
+    assert (night.stages[inside] == cut.stages).all()
+    for whole,part,fs in zip(night.x, cut.x, night.fs): assert (whole[int(961*30*fs):int(1802*30*fs)] == part).all()
+    envelope = night.x[3].reshape(-1, 30)[inside].mean(1)
+    assert [round(float(np.mean(envelope[cut.stages == s])), 2) for s in (Stage.W, Stage.N3, Stage.REM)] == [3.31, 2.0, .21]
+
+def test_only_the_wanted_channels_are_touched():
+    recording = open_recording(sample_files()[0])
+    recording.read(1)
+    assert [s._digital is not None for s in recording.source.signals] == [False, True, False, False]
+
+@pytest.mark.parametrize('suffix', ['.edf', '.rec', '.bdf', '.fif', '.vhdr'])
+def test_formats(tmp_path, suffix):
+    path = tmp_path/f'night_raw{suffix}'
+    if suffix in ('.edf', '.rec'): write_psg(path)
+    elif suffix == '.bdf':
+        Bdf([BdfSignal(EEG, 100, label='EEG C3-A2', physical_dimension='uV', physical_range=(-5000, 5000))]).write(path)
+    elif suffix == '.fif':
+        mne.io.RawArray(EEG[None] * 1e-6, mne.create_info(['EEG C3-A2'], 100, 'eeg'), verbose='error').save(path, verbose='error')
+    else:
+        path.write_text('Brain Vision Data Exchange Header File Version 1.0\n[Common Infos]\nDataFile=n.eeg\nMarkerFile=n.vmrk\n'
+            'DataFormat=BINARY\nDataOrientation=MULTIPLEXED\nNumberOfChannels=1\nSamplingInterval=10000\n'
+            '[Binary Infos]\nBinaryFormat=IEEE_FLOAT_32\n[Channel Infos]\nCh1=EEG C3-A2,,1,µV\n', encoding='utf-8')
+        (tmp_path/'n.vmrk').write_text('Brain Vision Data Exchange Marker File, Version 1.0\n[Marker Infos]\n')
+        EEG.astype('<f4').tofile(tmp_path/'n.eeg')
+    night = read_night(path)
+    assert night.channels[0].name == 'C3-M2' and len(night.stages) == 8
+    np.testing.assert_allclose(night.x[0], EEG, atol=.11)
+
+@pytest.mark.parametrize('unit,scale', [('mV', 1e-3), ('V', 1e-6), ('uV', 1), ('', 1)])
+def test_units(tmp_path, unit, scale):
+    night = read_night(write_psg(tmp_path/'a.edf', unit=unit, scale=scale))
+    np.testing.assert_allclose(night.x[0], EEG, atol=.11)
+
+def test_a_unit_that_is_wrong_or_unknown(tmp_path):
+    path = write_psg(tmp_path/'a.edf', unit='uV', scale=1e-3)      # millivolts that call themselves microvolts
+    with pytest.raises(RecordingError, match='cannot be in microvolts'): read_night(path)
+    np.testing.assert_allclose(read_night(path, wanted=['C3'], unit='mV').x[0], EEG, atol=.11)
+    with pytest.raises(RecordingError, match='unknown unit'): read_night(write_psg(tmp_path/'b.edf', unit='furlong'))
+    with pytest.raises(RecordingError, match='this unit is not known'): read_night(path, unit='furlong')
+
+def test_gaps_are_refused(tmp_path):
+    path = write_psg(tmp_path/'a.edf', annotations=[EdfAnnotation(0, 30, 'Sleep stage W')])
+    raw = path.read_bytes().replace(b'EDF+C', b'EDF+D', 1)
+    (tmp_path/'same.edf').write_bytes(raw)
+    assert len(read_night(tmp_path/'same.edf').stages) == 8        # declared, but nothing is missing
+    assert raw.count(b'+120\x14\x14') == 1
+    (tmp_path/'gap.edf').write_bytes(raw.replace(b'+120\x14\x14', b'+150\x14\x14'))
+    with pytest.raises(RecordingError, match='gaps'): read_night(tmp_path/'gap.edf')
+
+# ---- hypnograms
+
+XML = '<CMPStudyConfig><EpochLength>30</EpochLength><SleepStages>{}</SleepStages></CMPStudyConfig>'
+NSRR = '<PSGAnnotation><ScoredEvents><ScoredEvent><EventType>Respiratory|Respiratory</EventType><EventConcept>Apnea</EventConcept>' \
+       '<Start>3</Start><Duration>9</Duration></ScoredEvent>{}</ScoredEvents></PSGAnnotation>'
+EVENT = '<ScoredEvent><EventType>Stages|Stages</EventType><EventConcept>{}</EventConcept><Start>{}</Start><Duration>30.0</Duration></ScoredEvent>'
+CONCEPTS = ['Wake|0', 'Stage 1 sleep|1', 'Stage 2 sleep|2', 'Stage 4 sleep|4', 'REM sleep|5', 'Stage 2 sleep|2', 'Wake|0', 'Wake|0']
+FILES = { # name → text, vocabulary
+    '1_1.txt': ('\n'.join('0 1 2 3 5 2 0 0'.split()) + '\n\n', 'isruc'),
+    'nsrr.txt': ('\n'.join('0 1 2 4 5 2 0 0'.split()), 'nsrr'),
+    'yasa.txt': ('\n'.join('WAKE N1 N2 N3 REM N2 WAKE WAKE'.split()), None),
+    'yasa_int.txt': ('\n'.join('0 1 2 3 4 2 0 0'.split()), 'yasa'),
+    'old.txt': ('\n'.join('W S1 S2 S4 REM S2 W W'.split()), None),
+    'profusion.xml': (XML.format(''.join(f'<SleepStage>{i}</SleepStage>' for i in (0, 1, 2, 4, 5, 2, 0, 0))), None),
+    'nsrr.xml': (NSRR.format(''.join(EVENT.format(c, 30.*i) for i,c in enumerate(CONCEPTS))), None),
+    'EPCTL01.txt': ('\n'.join(f'{w}\t{30*i}\t30' for i,w in enumerate('W N1 N2 N3 R N2 W W'.split())), None),
+    'x_events.tsv': ('onset\tduration\ttrial_type\n' + '\n'.join(f'{30*i}\t30\t{w}' for i,w in enumerate(WORDS)) + '\n17\t3\tarousal\n', None),
+    'x_hypnogram.tsv': ('onset\tduration\tstage\n0\t30\tW\n30\t30\tN1\n60\t30\tN2\n90\t30\tN3\n120\t30\tR\n150\t30\tN2\n180\t60\tW', None),
+    'h.csv': ('\ufeffonset,duration,stage\n0,30,0\n30,30,1\n60,30,2\n90,30,3\n120,30,5\n150,30,2\n180,60,0', 'isruc')}
+
+@pytest.mark.parametrize('name', FILES)
+def test_hypnogram_files(tmp_path, name):
+    text,vocabulary = FILES[name]
+    (tmp_path/name).write_text(text, encoding='utf-8')
+    night = read_night(write_psg(tmp_path/'a.edf'), tmp_path/name, vocabulary=vocabulary)
+    assert (night.stages == TRUTH).all()
+
+def test_hypnogram_inside_the_recording_or_beside_it(tmp_path):
+    inside = [EdfAnnotation(30*i, 30, w) for i,w in enumerate(WORDS)] + [EdfAnnotation(17, None, 'Lights off')]
+    assert (read_night(write_psg(tmp_path/'a.edf', annotations=inside)).stages == TRUTH).all()
+    assert (read_night(write_psg(tmp_path/'b.edf'), write_hypnogram(tmp_path/'h.edf')).stages == TRUTH).all()
+
+def test_every_number_of_every_vocabulary_is_a_stage_or_unscored():
+    for numbers in NUMBERS.values(): assert set(numbers.values()) <= {-1, 0, 1, 2, 3, 4}
+    assert [stage_of_word(f'Sleep stage {x}') for x in 'W1234R?'] == [0, 1, 2, 3, 3, 4, -1]
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(-240, 240), st.sampled_from([30., 20., 10., 60., 15.]), st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_alignment_is_by_time(shift, step, n, seed):
+    "Every epoch gets the stage that a naive clock, second by second, finds in most of it."
+    from sleepnb.data.psg import Hypnogram
+    stage = np.random.default_rng(seed).integers(-1, 5, n).astype(np.int8)
+    start,duration = datetime.datetime(2020, 1, 2, 22), 900.
+    h = Hypnogram('h', np.arange(n) * step, np.full(n, step), stage, start + datetime.timedelta(seconds=shift))
+    seconds = np.full(900, -9)                                      # what was scored at each second of the recording
+    for i,s in enumerate(stage):
+        a,b = int(shift + i*step), int(shift + (i+1)*step)
+        seconds[max(a, 0):max(b, 0)] = s
+    try: stages,first,_ = align(h, duration, start)
+    except HypnogramError:
+        assert (seconds >= 0).sum() < (stage >= 0).sum() * step / 2 or not (seconds >= 0).any()
+        return
+    scored = shift + np.flatnonzero(stage >= 0)[0] * step
+    assert first == scored % 30 and len(stages) == (900 - first) // 30
+    for k,s in enumerate(stages):
+        counts = np.bincount(seconds[int(first) + 30*k:int(first) + 30*k + 30].clip(-1) + 1, minlength=6)[1:]
+        assert (s == -1 and counts.max() < 15) or (counts[s] == counts.max() and counts[s] >= 15)
+
+# ---- damage
+
+def cut(raw, draw): return raw[:draw(st.integers(0, len(raw) - 1))]
+def flip(raw, draw):
+    at = draw(st.integers(0, min(len(raw), 800) - 1))
+    return raw[:at] + bytes([draw(st.integers(0, 255))]) + raw[at+1:]
+def field(at, width):
+    def change(raw, draw):
+        value = draw(st.one_of(st.integers(-10**6, 10**6).map(str), st.sampled_from(['', 'nan', 'inf', '-1', '0', '1e9', 'x', '30.5'])))
+        return raw[:at] + value.encode()[:width].ljust(width) + raw[at+width:]
+    return change
+def longer(raw, draw): return raw + bytes(draw(st.integers(1, 20_000)))
+def nothing(raw, draw): return raw
+
+CHANGES = dict(cut=cut, flip=flip, longer=longer, nothing=nothing, records=field(236, 8), seconds=field(244, 8), signals=field(252, 4),
+               header_bytes=field(184, 8), physical_max=field(256 + 2*(16+80+8+8), 8), digital_max=field(256 + 2*(16+80+8+8+8+8), 8),
+               samples=field(256 + 2*(16+80+8+8+8+8+8+80), 8))
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return tmp_path_factory.mktemp('damage')
+
+@settings(max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data(), st.sampled_from(sorted(CHANGES)), st.sampled_from(['recording', 'hypnogram', *FILES]))
+def test_damage_is_named_or_harmless(folder, data, kind, which):
+    psg,hypnogram = write_psg(folder/'a.edf').read_bytes(), write_hypnogram(folder/'h.edf').read_bytes()
+    draw,vocabulary = data.draw, None
+    if which in FILES:
+        text,vocabulary = FILES[which]
+        name,raw = which, text.encode()
+        if kind not in ('cut', 'flip', 'nothing'): kind = 'flip'
+    else: name,raw = ('h.edf', hypnogram)
+    if which == 'recording': psg = CHANGES[kind](psg, draw)
+    else: raw = CHANGES[kind](raw, draw)
+    (folder/'a.edf').write_bytes(psg)
+    (folder/name).write_bytes(raw)
+    try: night = read_night(folder/'a.edf', folder/name, vocabulary=vocabulary)
+    except SleepnbError as error:
+        assert str(folder) in str(error) and error.what                       # it says where, and what
+        return
+    assert len(night.x) == len(night.fs) == len(night.channels) and night.stages.dtype == np.int8
+    assert set(np.unique(night.stages)) <= {-1, 0, 1, 2, 3, 4}
+    for x,fs in zip(night.x, night.fs): assert np.isfinite(x).all() and abs(len(x) - len(night.stages)*EPOCH_SEC*fs) <= 1
+    if kind in ('nothing', 'longer') or (kind == 'cut' and which == 'recording'):
+        assert (night.stages[:8] == TRUTH).all() and np.allclose(night.x[0][:24000], EEG, atol=.11)
+
+@pytest.mark.parametrize('change,match', [
+    (lambda x: np.where(np.arange(len(x)) == 7, np.nan, x), 'no numbers'), (lambda x: x * 1e6, 'cannot be in microvolts'),
+    (lambda x: x * 1e-6, 'cannot be in microvolts')])
+def test_impossible_signals(change, match):
+    raw = mne.io.RawArray(change(EEG)[None] * 1e-6, mne.create_info(['C3'], 100, 'eeg'), verbose='error')
+    with pytest.raises(RecordingError, match=match): read_night(raw)
+
+def test_a_flat_channel_is_noted_and_twins_are_kept_apart():
+    raw = mne.io.RawArray(np.stack([EEG, EEG*0]) * 1e-6, mne.create_info(['C3', 'C4'], 100, 'eeg'), verbose='error')
+    assert 'C4 is flat' in read_night(raw).notes
