@@ -43,8 +43,16 @@ def test_the_real_night_whole(data):
     inside = slice(961, 1802)
     assert (night.stages[inside] == cut.stages).all()
     for whole,part,fs in zip(night.x, cut.x, night.fs): assert (whole[int(961*30*fs):int(1802*30*fs)] == part).all()
-    envelope = night.x[3].reshape(-1, 30)[inside].mean(1)
-    assert [round(float(np.mean(envelope[cut.stages == s])), 2) for s in (Stage.W, Stage.N3, Stage.REM)] == [3.31, 2.0, .21]
+    envelope = night.x[3].reshape(-1, 30)[inside]
+    assert [round(float(np.median(envelope[cut.stages == s])), 2) for s in (Stage.W, Stage.N3, Stage.REM)] == [3.31, 2.0, .21]
+
+def test_slow_waves_of_the_real_night():
+    from scipy.signal import welch
+    night = read_night(*sample_files(), wanted=['Pz-Oz'])
+    freqs,power = welch(night.x[0].reshape(-1, 3000), 100, nperseg=400)
+    share = power[:, (freqs >= .5) & (freqs < 4)].sum(1) / power[:, (freqs >= .5) & (freqs < 40)].sum(1)
+    measured = [np.median(share[night.stages == s]) for s in Stage]
+    np.testing.assert_allclose(measured, [.536, .628, .814, .927, .642], atol=.01)
 
 def test_only_the_wanted_channels_are_touched():
     recording = open_recording(sample_files()[0])

@@ -113,7 +113,7 @@ def _check_records(
     more = f' and {rest} more bytes' if rest else ''
     return held, [f'the header declares {declared} data records, the file holds {held}{more}']
 
-# %% ../../nbs/100_data.psg.ipynb #19b4a8fa
+# %% ../../nbs/100_data.psg.ipynb #3a95af94
 _MICROVOLTS = {'uv': 1., 'µv': 1., 'μv': 1., 'microvolt': 1., 'mv': 1e3, 'millivolt': 1e3, 'v': 1e6, 'volt': 1e6, 'nv': 1e-3}
 
 _BROKEN = ValueError, ArithmeticError, LookupError, UnboundLocalError # what edfio raises on damaged headers
@@ -148,7 +148,8 @@ class _EdfSource:
         s = self.signals[i]
         try: span,steps = s.physical_max - s.physical_min, s.digital_max - s.digital_min
         except _BROKEN as error:
-            raise RecordingError(f'the range of channel {s.label!r} is not a number', where=self.where, found=str(error)) from error
+            raise RecordingError(f'the range of channel {s.label!r} is not a number', where=self.where,
+                                 found=str(error)) from error
         if not steps > 0 or not np.isfinite(span) or span == 0:
             raise RecordingError(f'channel {s.label!r} has no range of values', where=self.where, expected='minimum < maximum',
                 found=f'physical {s.physical_min:g}…{s.physical_max:g}, digital {s.digital_min}…{s.digital_max}',
