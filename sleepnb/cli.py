@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'main', 'demo']
 
-# %% ../nbs/640_cli.ipynb #9a132fdf
+# %% ../nbs/640_cli.ipynb #8075ebb6
 import os
 import sys
 from pathlib import Path
@@ -18,9 +18,10 @@ from . import __version__
 from .core import SleepnbError
 from .montage import ALIASES, plot_montage, resolve_montage
 
-# %% ../nbs/640_cli.ipynb #be4a98d1
+# %% ../nbs/640_cli.ipynb #ef293867
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help='Automatic sleep staging with any montage. For research, not a medical device.')
+                  context_settings={'help_option_names': ['-h', '--help']},
+                  help='Sleep staging with any montage. For research, not a medical device.')
 
 def _version(
     wanted:bool, # was `--version` given?
@@ -34,22 +35,18 @@ _version_option = typer.Option('--version', callback=_version, is_eager=True, he
 @app.callback()
 def _options(version:Annotated[bool, _version_option]=False): pass
 
+# %% ../nbs/640_cli.ipynb #608f5bdd
 def main():
-    "Runs the command line; an error of ours becomes one line and exit code 2."
+    "Runs the command line; an error becomes one line and exit code 2."
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace') # not every terminal knows every letter
     try: app()
-    except SleepnbError as error:
+    except (SleepnbError, OSError) as error:
         if os.environ.get('SLEEPNB_DEBUG'): raise
-        typer.echo(f'sleepnb: {error}', err=True)
+        text = f'{error.filename}: {error.strerror}.' if isinstance(error, OSError) else error
+        typer.echo(f'sleepnb: {text}', err=True)
         sys.exit(2)
-def _make_folder(
-    path:Path, # may exist
-):
-    try: path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SleepnbError('this folder cannot be made', where=path, found=error.strerror,
-                           remedy='Name another folder, or move what is in its place.') from error
 
-# %% ../nbs/640_cli.ipynb #14f763e2
+# %% ../nbs/640_cli.ipynb #b17e0ec5
 _RECORDINGS = { # dataset → channel names as stored
     'Sleep-EDF': 'EEG Fpz-Cz, EEG Pz-Oz, EOG horizontal, Resp oro-nasal, EMG submental, Temp rectal',
     'ISRUC, subject 40': 'ROC, A1, LOC, A2, C4, O2, C3, O1, F4, F3, X1, X2, X3, DC3, DC8, SaO2',
@@ -58,21 +55,29 @@ _RECORDINGS = { # dataset → channel names as stored
     'PhysioNet 2018': 'F3-M2, F4-M1, C3-M2, C4-M1, O1-M2, O2-M1, E1-M2, Chin1-Chin2, ABD, AIRFLOW, SaO2, ECG'}
 _WANTED = ['F3', 'F4', 'C3', 'C4', 'O1', 'O2', 'Fpz', 'Pz', 'E1', 'E2', 'HEOG', 'Chin']
 
+def _draw_montage(ax, dataset, found):
+    "The electrodes on a head, and below it where each channel comes from."
+    there = found.table[found.mask]
+    plot_montage(there.got, ax, dataset)
+    scalp,rest = there[there.modality == 'EEG'], there[there.modality != 'EEG']
+    lines = [f'{r.got}  from  {r.details}' for r in [*scalp.head(2).itertuples(), *rest.itertuples()]]
+    ax.text(.5, -.02, '\n'.join(lines), transform=ax.transAxes, ha='center', va='top', fontsize=8)
+
 @app.command()
 def demo(
     out:Annotated[Path, typer.Option(help='Folder for what it makes.')]=Path('sleepnb-demo'),
 ):
     "Find the channels that staging can use in four recordings with four ways of naming them."
     from matplotlib.figure import Figure # here, so that --help stays quick
-    _make_folder(out)
-    axes = Figure(figsize=(11, 3.2)).subplots(1, len(_RECORDINGS))
+    out.mkdir(parents=True, exist_ok=True)
+    typer.echo('Four laboratories, four ways to name channels. Wanted in each: ' + ', '.join(_WANTED) + '.\n')
+    axes = Figure(figsize=(11, 4)).subplots(1, len(_RECORDINGS))
     tables = []
     for ax,(dataset,names) in zip(axes, _RECORDINGS.items()):
         found = resolve_montage(names.split(', '), _WANTED, ALIASES['isruc'] if 'ISRUC' in dataset else None)
         typer.echo(f'{dataset}: {found!r}\n')
         tables.append(found.table.assign(dataset=dataset))
-        kinds = ', '.join(f'{n} {kind}' for kind,n in found.table[found.mask].modality.value_counts().items())
-        plot_montage(found.table.got[found.mask], ax, f'{dataset}\n{kinds}')
+        _draw_montage(ax, dataset, found)
     axes[0].figure.savefig(out/'montages.png', dpi=120, bbox_inches='tight')
     pd.concat(tables).to_csv(out/'channels.csv', index=False)
     typer.echo(f'channels.csv and montages.png are in {out.absolute()}')

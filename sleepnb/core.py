@@ -6,7 +6,7 @@
 __all__ = ['EPOCH_SEC', 'UNSCORED', 'Stage', 'Modality', 'SleepnbError', 'RecordingError', 'MontageError', 'HypnogramError',
            'StoreError', 'SplitError', 'WeightsError', 'seed_of', 'rng']
 
-# %% ../nbs/000_core.ipynb #23a58adb
+# %% ../nbs/000_core.ipynb #2a996532
 import json
 from enum import IntEnum, StrEnum
 from hashlib import blake2b
@@ -15,17 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/000_core.ipynb #d9a51add
+# %% ../nbs/000_core.ipynb #fa48ffee
 EPOCH_SEC = 30 # seconds in one scored epoch
 UNSCORED = -1  # the code of an epoch that has no stage
 
 class Stage(IntEnum):
     "The five sleep stages; the integer is the code used in every array."
     W,N1,N2,N3,REM = range(5)
+    R = REM # files and tables write `R`, as the AASM manual does
 
     @property
     def label(self)->str: # `'W'`, `'N1'`, `'N2'`, `'N3'` or `'R'`
-        "The name that files and tables write: as in the AASM manual, REM is `R` there."
+        "The name that files and tables write."
         return 'R' if self is Stage.REM else self.name
 
 # %% ../nbs/000_core.ipynb #3e2b2e46

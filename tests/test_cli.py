@@ -1,7 +1,8 @@
 """The command as a shell runs it."""
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -11,7 +12,8 @@ from sleepnb.core import RecordingError
 
 SLEEPNB = Path(sys.executable).with_name('sleepnb')
 
-def run(*args, **kwargs): return subprocess.run([SLEEPNB, *map(str, args)], capture_output=True, text=True, **kwargs)
+def run(*args, encoding='utf-8', **kwargs):
+    return subprocess.run([SLEEPNB, *map(str, args)], capture_output=True, encoding=encoding, **kwargs)
 
 def test_demo_leaves_what_it_says(tmp_path):
     done = run('demo', '--out', tmp_path/'made', cwd=tmp_path)
@@ -23,10 +25,21 @@ def test_demo_leaves_what_it_says(tmp_path):
     mass = table[table.dataset == 'MASS-SS3'].set_index('wanted')
     assert mass.loc['Chin', 'details'] == 'EMG Chin1 − EMG Chin2' and mass.loc['C3', 'got'] == 'C3-LE'
 
-def test_demo_into_a_place_that_is_a_file(tmp_path):
+def test_the_picture_of_the_readme_is_the_one_that_demo_draws(root, tmp_path):
+    run('demo', '--out', tmp_path)
+    made,shown = (plt.imread(p/'montages.png') for p in (tmp_path, root/'nbs'/'images'))
+    assert made.shape == shown.shape and abs(made - shown).mean() < .01, 'copy montages.png of sleepnb demo to nbs/images'
+
+def test_demo_into_a_place_that_cannot_be_written(tmp_path):
     (tmp_path/'taken').write_text('')
-    done = run('demo', '--out', tmp_path/'taken')
-    assert done.returncode == 2 and 'taken' in done.stderr and 'Traceback' not in done.stderr
+    (tmp_path/'folder'/'montages.png').mkdir(parents=True)
+    for out in ('taken', 'folder'):
+        done = run('demo', '--out', tmp_path/out)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and out in done.stderr
+
+def test_demo_on_a_terminal_that_knows_few_letters(tmp_path):
+    done = run('demo', '--out', tmp_path, env=os.environ | {'PYTHONIOENCODING': 'cp1252'}, encoding='cp1252')
+    assert done.returncode == 0 and 'Chin1 ? EMG Chin2' in done.stdout
 
 def test_help_and_version():
     assert run('--version').stdout.strip() == f'sleepnb {sleepnb.__version__}'

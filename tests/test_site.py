@@ -55,6 +55,9 @@ def test_notation_of_quarto():
     assert build.markdown('[`rng`](https://x.y/z/core.html#rng)', 'https://x.y/z') == '<a href="core.html#rng"><code>rng</code></a>'
     assert build.markdown('[page](010_montage.ipynb)', 'https://x.y/z') == '[page](montage.ipynb)'
     assert build.markdown('```\n@fig-a [`b`](https://x.y/z/c.html)\n```', 'https://x.y/z') == '```\n@fig-a `b`\n```'
+    assert build.markdown('as in `@fig-a`', 'https://x.y/z') == 'as in `@fig-a`'
+    assert build.markdown('- item\n  ```\n  @fig-a\n  ```', 'https://x.y/z') == '- item\n  ```\n  @fig-a\n  ```'
+    assert build.options('#|\n#| echo: false\nx') == ({'echo': 'false'}, 'x')
     assert build.options('#| echo: false\n#| fig-cap: "A night"\nplot()') == ({'echo': 'false', 'fig-cap': 'A night'}, 'plot()')
 
 # ---- in a browser

@@ -36,6 +36,7 @@ def run_page(path, skip):
             start = time.process_time()
             shell.run_all(type(nb)(cells=[cell]), exc_stop=True)
             if not is_import(cell.source): seconds += time.process_time() - start
+    nb.metadata['kernelspec'] = dict(display_name='python3', language='python', name='python3')
     nb.metadata['sleepnb'] = dict(code=code_hash(nb), seconds=round(seconds, 1))
     clean_nb(nb, allowed_metadata_keys=['sleepnb'])
     write_nb(nb, path)

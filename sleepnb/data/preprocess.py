@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FS', 'filter_resample', 'hold', 'to_epochs', 'crop_wake', 'robust_stats', 'normalise']
 
-# %% ../../nbs/110_data.preprocess.ipynb #c65060d2
+# %% ../../nbs/110_data.preprocess.ipynb #90a98e15
 from fractions import Fraction
 
 import numpy as np

@@ -6,7 +6,7 @@
 __all__ = ['NUMBERS', 'AMPLITUDES', 'sample_files', 'Recording', 'open_recording', 'Hypnogram', 'stage_of_word', 'read_hypnogram',
            'align', 'Night', 'read_night']
 
-# %% ../../nbs/100_data.psg.ipynb #6a3bda68
+# %% ../../nbs/100_data.psg.ipynb #d3f6b696
 import csv
 import re
 import warnings
