@@ -96,7 +96,7 @@ def hold(
     n = round(len(x) * fs_out / fs)
     return np.asarray(x, np.float32)[np.minimum((np.arange(n) * fs / fs_out).astype(int), len(x) - 1)]
 
-# %% ../../nbs/110_data.preprocess.ipynb #ad76c88d
+# %% ../../nbs/110_data.preprocess.ipynb #64b0615b
 def to_epochs(
     x:np.ndarray,       # `(…, samples)`, at `fs`
     fs:float=FS,        # Hz
@@ -111,10 +111,11 @@ def crop_wake(
     minutes:float=30,   # of wake to keep on either side of sleep
 )->slice:               # epochs to keep; all of them if nobody slept
     "Keeps sleep and some wake around it."
-    asleep = np.flatnonzero(np.asarray(stages) > Stage.W)
+    scored = np.flatnonzero(np.asarray(stages) >= Stage.W)
+    asleep = np.flatnonzero(np.asarray(stages)[scored] > Stage.W)
     if not len(asleep): return slice(0, len(stages))
     n = round(minutes * 60 / EPOCH_SEC)
-    return slice(max(0, asleep[0] - n), min(len(stages), asleep[-1] + n + 1))
+    return slice(int(scored[max(0, asleep[0] - n)]), int(scored[min(len(scored), asleep[-1] + n + 1) - 1]) + 1)
 
 # %% ../../nbs/110_data.preprocess.ipynb #b969808a
 def robust_stats(

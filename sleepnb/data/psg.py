@@ -464,7 +464,7 @@ def _share(begin, end, stage, n):
         share[k, s] += np.minimum(b, (k+1) * EPOCH_SEC) - np.maximum(a, k * EPOCH_SEC)
     return share
 
-# %% ../../nbs/100_data.psg.ipynb #4039bac3
+# %% ../../nbs/100_data.psg.ipynb #cbe390b1
 @dataclass(frozen=True, repr=False)
 class Night:
     "One recording of one subject: signals at their own rates, and one stage per epoch."
@@ -476,6 +476,7 @@ class Night:
     cohort:str=''
     subject:str=''
     night:str=''
+    missing:tuple=()         # channels that were wanted and are not there
     where:str=''             # the file
     notes:list[str]=field(default_factory=list) # what was left out, derived or assumed
 
@@ -505,23 +506,24 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #77804d2c
+# %% ../../nbs/100_data.psg.ipynb #2a8c3eec
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
     aliases:dict[str, str]|None,
-)->tuple[list[Channel], list[dict], list[str]]: # channels; per channel: number in the file → sign; notes
+)->tuple[list[Channel], list[dict], list[str], tuple]: # channels; per channel: number in the file → sign; notes; missing
     if wanted is not None:
         found = resolve_montage(recording.names, wanted, aliases, recording.where)
         made = [(d.got, d.terms) for d in found.derivations if d.terms]
         notes = [f'{d.wanted.name}: {d.how}, {d.details}' for d in found.derivations if d.how != 'recorded']
-        return [c for c,_ in made], [t for _,t in made], notes
+        missing = tuple(d.wanted.name for d in found.derivations if not d.terms)
+        return [c for c,_ in made], [t for _,t in made], notes, missing
     channels = [parse_channel(n, aliases) if n.strip() else Channel(n, '', None, Modality.OTHER) for n in recording.names]
     used = [(c, {i: 1}) for i,c in enumerate(channels) if c.modality is not Modality.OTHER]
     if not used:
         raise RecordingError('no channel is EEG, EOG, EMG or ECG by its name', where=recording.where,
             found=', '.join(recording.names), remedy='Say what they are: aliases={"its name": "C3-M2"}.')
-    return [c for c,_ in used], [t for _,t in used], []
+    return [c for c,_ in used], [t for _,t in used], [], ()
 
 def _combine(
     recording:Recording,
@@ -549,7 +551,7 @@ def read_night(
 
     Raises `RecordingError`, `MontageError` or `HypnogramError`, each with the file and what to do."""
     recording = open_recording(source, unit)
-    channels,terms,notes = _pick(recording, wanted, aliases)
+    channels,terms,notes,missing = _pick(recording, wanted, aliases)
     stages,first,more = _stages(recording, hypnogram, vocabulary)
     if not len(stages):
         raise RecordingError('the recording is shorter than one epoch', where=recording.where,
@@ -562,7 +564,7 @@ def read_night(
         x.append(signal[a:a + round(len(stages) * EPOCH_SEC * fs)])
         rates.append(fs)
     start = recording.start and recording.start + timedelta(seconds=first)
-    made = Night(x, rates, channels, stages, start, cohort, subject, night, recording.where, notes)
+    made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes)
     return replace(made, notes=notes + _check_amplitudes(made))
 
 def _stages(recording, hypnogram, vocabulary):
