@@ -25,7 +25,7 @@ from .preprocess import FS, crop_wake, filter_resample, hold, robust_stats, to_e
 from .psg import Night, read_night, sample_files
 from ..montage import parse_channel
 
-# %% ../../nbs/120_data.store.ipynb #bb710049
+# %% ../../nbs/120_data.store.ipynb #45a76abd
 @dataclass(frozen=True)
 class Recipe:
     "Pass bands in Hz, `(low, high)`, per modality."
@@ -45,7 +45,7 @@ def preprocess_night(
     wanted:tuple[str, ...],          # the channels asked for when the night was read
     recipe:Recipe,
     crop_wake_min:float|None=None,   # minutes of wake to keep around sleep; `None` keeps the whole night
-)->tuple[np.ndarray, np.ndarray, slice]: # `(epochs, channels, 3000)` float32 µV; which channels are there, `(channels,)`; epochs kept
+)->tuple[np.ndarray, np.ndarray, slice]: # `(epochs, channels, 3000)` float32 µV; are they there?; epochs kept
     "Filters, resamples, cuts and crops one night; channels that are missing are zeros."
     keep = crop_wake(night.stages, crop_wake_min) if crop_wake_min is not None else slice(0, len(night.stages))
     there = np.array([parse_channel(w).name not in night.missing for w in wanted])
@@ -56,12 +56,12 @@ def preprocess_night(
         made[:, i] = to_epochs(np.pad(y, (0, max(0, len(night.stages)*3000 - len(y)))))[keep]
     return made, there, keep
 
-# %% ../../nbs/120_data.store.ipynb #9fa96c9a
+# %% ../../nbs/120_data.store.ipynb #687705d6
 @dataclass(frozen=True, eq=False)
 class Cohort:
     "A dataset: a table of its nights, and how to read one."
     name:str
-    nights:pd.DataFrame              # columns `subject`, `night` and those that `read` needs, such as `recording`, `hypnogram`
+    nights:pd.DataFrame              # `subject`, `night` and what `read` needs, such as `recording` and `hypnogram`
     wanted:tuple[str, ...]           # channels, as for `read_night`
     read:Callable[[dict], Night]     # from a row of `nights`, as a dict
     crop_wake_min:float|None=None    # minutes of wake to keep around sleep
@@ -108,7 +108,7 @@ def _checksum(
 def _stages_as_text(stages:np.ndarray)->str: return ''.join(str(int(s) + 1) for s in stages) # 0 is unscored
 def _stages_from_text(text:str)->np.ndarray: return np.frombuffer(text.encode(), np.uint8).astype(np.int8) - 49
 
-# %% ../../nbs/120_data.store.ipynb #a4597261
+# %% ../../nbs/120_data.store.ipynb #70be4eb7
 def _prepare_night(
     cohort:Cohort,
     row:dict,          # of `cohort.nights`
@@ -124,21 +124,23 @@ def _prepare_night(
         stored,steps = _quantise(x)
         _write(folder/f'{stem}.npy', lambda f: np.save(f, stored))
         _write(folder/f'{stem}.steps.npy', lambda f: np.save(f, steps))
-        sources = [str(row[o]) for o in ('recording', 'hypnogram') if isinstance(row.get(o), (str, Path)) and Path(row[o]).is_file()]
-        _write_json(folder/f'{stem}.json', dict(subject=str(row['subject']), night=str(row['night']), first_epoch=keep.start,
-            stages=_stages_as_text(night.stages[keep]), there=there.tolist(), median=median.round(4).tolist(), scale=scale.round(4).tolist(),
-            start=night.start and night.start.isoformat(), sources={Path(o).name: _checksum(o) for o in sources}, notes=night.notes))
+        files = [Path(row[o]) for o in ('recording', 'hypnogram') if isinstance(row.get(o), (str, Path))]
+        _write_json(folder/f'{stem}.json', dict(subject=str(row['subject']), night=str(row['night']),
+            first_epoch=keep.start, stages=_stages_as_text(night.stages[keep]), there=there.tolist(),
+            median=median.round(4).tolist(), scale=scale.round(4).tolist(), start=night.start and night.start.isoformat(),
+            sources={o.name: _checksum(o) for o in files if o.is_file()}, notes=night.notes))
     except SleepnbError as error: return str(error)
     except Exception as error: return f'{stem}: {type(error).__name__}: {error}' # one bad file must not stop the others
 
 # %% ../../nbs/120_data.store.ipynb #e092b09a
 FORMAT = 1 # of stores; it changes when an older store can no longer be read
 
-# %% ../../nbs/120_data.store.ipynb #25aaa3ed
+# %% ../../nbs/120_data.store.ipynb #dfc50241
 def _read_manifest(path:Path)->dict:
     try: found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise StoreError('this is no store', where=path, found=str(error), remedy='Name a folder that sleepnb prepared.') from error
+        raise StoreError('this is no store', where=path, found=str(error),
+                         remedy='Name a folder that sleepnb prepared.') from error
     if not isinstance(found, dict) or found.get('format') != FORMAT:
         raise StoreError('this store has another format', where=path, expected=str(FORMAT), found=repr(found)[:60],
                          remedy='Prepare it again with this version of sleepnb.')
@@ -187,12 +189,13 @@ class EpochStore:
         if i not in self._open:
             file = self.path/'nights'/self.nights.file[i]
             try: arrays = np.load(file, mmap_mode='r'), np.load(file.with_suffix('.steps.npy'))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise StoreError('the signals of a night cannot be read', where=file, found=str(error),
                                  remedy='Delete its files and prepare again.') from error
-            if arrays[0].shape != (self.nights.epochs[i], len(self.channels), 3000) or arrays[1].shape != arrays[0].shape[:2]:
+            shape = int(self.nights.epochs[i]), len(self.channels), 3000
+            if (arrays[0].shape, arrays[1].shape) != (shape, shape[:2]):
                 raise StoreError('the signals of a night have another shape', where=file, found=str(arrays[0].shape),
-                                 expected=str((self.nights.epochs[i], len(self.channels), 3000)), remedy='Delete its files and prepare again.')
+                                 expected=str(shape), remedy='Delete its files and prepare again.')
             self._open[i] = arrays
             while len(self._open) > self.most_open: self._open.popitem(last=False)
         self._open.move_to_end(i)
@@ -204,7 +207,8 @@ class EpochStore:
         "Reads some epochs, in the order asked for."
         rows = np.asarray(rows)
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
-            raise StoreError('there is no such epoch', where=self.path, expected=f'0 to {len(self) - 1}', found=f'{rows.min()} to {rows.max()}')
+            raise StoreError('there is no such epoch', where=self.path, expected=f'0 to {len(self) - 1}',
+                             found=f'{rows.min()} to {rows.max()}')
         made = np.empty((len(rows), len(self.channels), 3000), np.float32)
         nights = self.night_of[rows]
         for i in np.unique(nights):
@@ -217,8 +221,9 @@ class EpochStore:
 
     def __repr__(self):
         counts = ', '.join(f'{s.label} {int((self.stages == s).sum())}' for s in Stage)
-        return (f'{self.cohort}: {len(self.nights)} nights of {self.nights.subject.nunique()} subjects, {len(self)} epochs ({counts}); '
-                f'{len(self.channels)} channels: {", ".join(self.channels)}' + (f'; {len(self.failed)} nights failed' if self.failed else ''))
+        failed = f'; {len(self.failed)} nights failed' if self.failed else ''
+        return (f'{self.cohort}: {len(self.nights)} nights of {self.nights.subject.nunique()} subjects, '
+                f'{len(self)} epochs ({counts}), channels {", ".join(self.channels)}{failed}')
 
 # %% ../../nbs/120_data.store.ipynb #f9b3f562
 def _manifest(cohort:Cohort, recipe:Recipe)->dict:
@@ -251,7 +256,7 @@ def _stem(row:dict)->str:
     safe = ''.join(c if c.isascii() and (c.isalnum() or c in '-_') else '-' for c in text)
     return f'{safe}-{hashlib.sha256(json.dumps([str(row["subject"]), str(row["night"])]).encode()).hexdigest()[:6]}'
 
-# %% ../../nbs/120_data.store.ipynb #1f229c28
+# %% ../../nbs/120_data.store.ipynb #cc6bcbcc
 def prepare(
     cohort:Cohort,
     store:str|Path,              # folder; made if it does not exist, continued if it does
@@ -269,13 +274,18 @@ def prepare(
     folder,rows = Path(store), cohort.nights.to_dict('records')
     stems = [_stem(row) for row in rows]
     if not rows or len(set(stems)) < len(stems):
-        raise StoreError('each night of a cohort must be there once', where=cohort.name, found=f'{len(rows)} rows, {len(set(stems))} nights')
+        raise StoreError('each night of a cohort must be there once', where=cohort.name,
+                         found=f'{len(rows)} rows, {len(set(stems))} nights')
     _claim(folder, _manifest(cohort, recipe))
     _sweep(folder)
     todo = [(row, stem) for row,stem in zip(rows, stems) if not (folder/'nights'/f'{stem}.json').exists()]
     tasks = (delayed(_prepare_night)(cohort, row, recipe, folder/'nights', stem) for row,stem in todo)
-    results = Parallel(n_jobs=jobs, return_as='generator')(tasks)
-    results = list(tqdm(results, total=len(todo), desc=f'preparing {cohort.name}', unit='night', disable=not progress or not todo))
+    bar = tqdm(total=len(todo), desc=f'preparing {cohort.name}', unit='night', disable=not progress or not todo)
+    results = []
+    for why in Parallel(n_jobs=jobs, return_as='generator')(tasks):
+        results.append(why)
+        bar.update()
+    bar.close()
     failed = {stem: why for (_,stem),why in zip(todo, results) if why}
     if failed and len(failed) == len(rows):
         raise StoreError('no night could be prepared', where=folder, found=next(iter(failed.values())))

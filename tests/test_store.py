@@ -1,0 +1,134 @@
+"""A store is whole after kill -9, with two processes at once, and whatever its files suffer."""
+import hashlib, json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sleepnb.core import RecordingError, StoreError
+from sleepnb.data.preprocess import filter_resample, to_epochs
+from sleepnb.data.psg import Night, read_night, sample_files
+from sleepnb.data.store import RECIPES, Cohort, EpochStore, Recipe, prepare
+from sleepnb.montage import parse_channel
+from sleepnb.synth import synth_night
+
+CHANNELS = ('C3-M2', 'O1-M2', 'Chin')
+
+def read_synth(row):
+    if row['subject'] == 'broken': raise RecordingError('the file is damaged', where='broken.edf')
+    if row['subject'] == 'bug': raise ZeroDivisionError('a mistake in a reader')
+    made = synth_night(['C3-M2', 'Chin'], n_epochs=row.get('epochs', 20), subject=row['subject'], night=row['night'])
+    return Night(list(made.x), [100]*2, [parse_channel(c) for c in ('C3-M2', 'Chin')], made.stages, missing=('O1-M2',))
+
+def cohort(subjects, name='example', **columns):
+    return Cohort(name, pd.DataFrame(dict(subject=subjects, night=1, **columns)), CHANNELS, read_synth)
+
+def contents(folder):
+    "Every file of a store and its checksum."
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).rglob('*') if p.is_file()}
+
+SCRIPT = """
+import sys; sys.path.insert(0, {tests!r})
+from test_store import cohort; from sleepnb.data.store import prepare
+prepare(cohort([f's{{i}}' for i in range(12)]), {store!r}, progress=False, jobs={jobs})
+"""
+
+def start(store, jobs=1):
+    script = SCRIPT.format(tests=str(Path(__file__).parent), store=str(store), jobs=jobs)
+    return subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    store = tmp_path_factory.mktemp('undisturbed')/'store'
+    assert start(store).wait() == 0
+    return contents(store)
+
+def test_killed_at_thirty_moments(tmp_path, undisturbed):
+    "Each time the process is killed while it writes, at a random moment; what is resumed equals what was never disturbed."
+    random.seed(0)
+    kills = 0
+    while kills < 30:
+        store = tmp_path/f'store-{kills}'
+        for _ in range(3):                                          # up to three kills of one store
+            process = start(store)
+            begun = time.time()
+            while not (store/'nights').exists() and process.poll() is None and time.time() - begun < 60: time.sleep(.002)
+            time.sleep(random.random() * .6)
+            if process.poll() is not None: break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            for record in (store/'nights').glob('*.json'): json.loads(record.read_text())   # what is there is whole
+        process = start(store)
+        assert process.wait() == 0, process.stderr.read()
+        assert contents(store) == undisturbed
+
+def test_two_at_once(tmp_path, undisturbed):
+    for jobs in (1, 2):
+        both = [start(tmp_path/f'store-{jobs}', jobs) for _ in range(2)]
+        for process in both: assert process.wait() == 0, process.stderr.read()
+        assert contents(tmp_path/f'store-{jobs}') == undisturbed
+
+def test_failed_nights_are_reported_and_the_rest_goes_on(tmp_path):
+    store = prepare(cohort(['a', 'broken', 'bug', 'b']), tmp_path/'s', progress=False)
+    assert sorted(store.nights.subject) == ['a', 'b'] and len(store.failed) == 2
+    assert any('broken.edf: the file is damaged' in o for o in store.failed.values())
+    assert any('ZeroDivisionError: a mistake in a reader' in o for o in store.failed.values())
+    with pytest.raises(StoreError, match='no night could be prepared'): prepare(cohort(['broken']), tmp_path/'t', progress=False)
+
+@pytest.mark.parametrize('change,what', [
+    (dict(name='other'), 'cohort'), (dict(wanted=('C3-M2', 'Chin')), 'channels'), (dict(crop_wake_min=30), 'crop_wake_min')])
+def test_what_differs_is_refused(tmp_path, change, what):
+    first = cohort(['a'])
+    prepare(first, tmp_path, progress=False)
+    changed = Cohort(**{k: getattr(first, k) for k in ('name', 'nights', 'wanted', 'read', 'crop_wake_min')} | change)
+    with pytest.raises(StoreError, match=what): prepare(changed, tmp_path, progress=False)
+    with pytest.raises(StoreError, match='recipe'): prepare(first, tmp_path, 'mtssrl', progress=False)
+    assert len(prepare(cohort(['a', 'b']), tmp_path, progress=False).nights) == 2    # more nights of the same are welcome
+
+def test_every_epoch_comes_back(tmp_path):
+    store = prepare(cohort(['a', 'b/c', 'b-c', 'ü'], epochs=[3, 5, 7, 1]), tmp_path, progress=False)
+    assert len(store) == 16 and store.nights.file.is_unique
+    rows = np.random.default_rng(0).permutation(16).repeat(2)
+    x,epochs = store.read(rows), store.epochs
+    for row,signal in zip(rows, x):
+        of = epochs.iloc[row]
+        night = read_synth(dict(subject=of.subject, night=1, epochs=int(store.nights.set_index('subject').epochs[of.subject])))
+        truth = to_epochs(filter_resample(night.x[0], 100))[of.epoch]
+        assert np.abs(signal[0] - truth).max() <= np.abs(truth).max() / 32767 and not signal[1].any()
+        assert night.stages[of.epoch] == of.stage
+
+def test_statistics_and_checksums(tmp_path):
+    psg,hypnogram = sample_files()
+    read = lambda row: read_night(row['recording'], row['hypnogram'], wanted=['Fpz', 'Chin'])
+    nights = pd.DataFrame([dict(subject='SC400', night=1, recording=str(psg), hypnogram=str(hypnogram))])
+    store = prepare(Cohort('sample', nights, ('Fpz', 'Chin'), read, crop_wake_min=10), tmp_path, progress=False)
+    assert len(store) == 761 and store.epoch[0] == 40 and store.epochs.epoch.iloc[-1] == 800
+    x = store.read(np.arange(761))[:, 0]
+    low,middle,high = np.percentile(x, [25, 50, 75])
+    np.testing.assert_allclose([store.median[0, 0], store.scale[0, 0]], [middle, (high - low) / 1.349], atol=.01)
+    record = json.loads(next((tmp_path/'nights').glob('*.json')).read_text())
+    assert record['sources'][psg.name] == hashlib.sha256(psg.read_bytes()).hexdigest() and len(record['sources']) == 2
+
+def test_damaged_stores_say_so(tmp_path):
+    prepare(cohort(['a']), tmp_path, progress=False)
+    array,steps = (next((tmp_path/'nights').glob(f'*{o}')) for o in ('[!s].npy', '.steps.npy'))
+    record = next((tmp_path/'nights').glob('*.json'))
+    for path,raw,match in ((array, array.read_bytes()[:5000], 'cannot be read'), (steps, b'', 'cannot be read'),
+                           (record, b'{}', 'cannot be read'), (record, record.read_bytes()[:50], 'cannot be read'),
+                           (tmp_path/'manifest.json', b'{"format": 99}', 'another format'), (tmp_path/'manifest.json', b'x', 'no store')):
+        whole = path.read_bytes()
+        path.write_bytes(raw)
+        with pytest.raises(StoreError, match=match): EpochStore(tmp_path).read([0])
+        path.write_bytes(whole)
+    EpochStore(tmp_path).read([0])
+
+def test_at_most_64_arrays_are_held(tmp_path):
+    store = prepare(cohort([f's{i:03d}' for i in range(70)], epochs=1), tmp_path, progress=False)
+    held = lambda: len({os.readlink(f'/proc/self/fd/{o}') for o in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{o}')} & files)
+    files = {str(p.resolve()) for p in tmp_path.rglob('*.npy')}
+    mapped = lambda: sum(f in Path('/proc/self/maps').read_text() for f in files)
+    store.read(np.arange(70))
+    if os.path.exists('/proc/self/maps'): assert mapped() <= 64 and held() <= 64
+    assert len(store._open) == 64
