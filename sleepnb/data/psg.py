@@ -506,7 +506,7 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #2a8c3eec
+# %% ../../nbs/100_data.psg.ipynb #e976e3dc
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
@@ -536,7 +536,10 @@ def _combine(
                              found=', '.join(f'{recording.names[i]} {recording.fs[i]:g} Hz' for i in terms))
     for i in terms:
         if i not in cache: cache[i] = recording.read(i)
-    return sum(s * cache[i] for i,s in terms.items()), rates.pop()
+    (i,sign),*rest = terms.items()
+    x = cache[i] if sign > 0 else -cache[i]
+    for j,sign in rest: x = x + cache[j] if sign > 0 else x - cache[j]
+    return x, rates.pop()
 
 def read_night(
     source:str|Path,                   # recording: a file, or an mne `Raw`
