@@ -113,7 +113,7 @@ def _check_records(
     more = f' and {rest} more bytes' if rest else ''
     return held, [f'the header declares {declared} data records, the file holds {held}{more}']
 
-# %% ../../nbs/100_data.psg.ipynb #3a95af94
+# %% ../../nbs/100_data.psg.ipynb #3425a91f
 _MICROVOLTS = {'uv': 1., 'µv': 1., 'μv': 1., 'microvolt': 1., 'mv': 1e3, 'millivolt': 1e3, 'v': 1e6, 'volt': 1e6, 'nv': 1e-3}
 
 _BROKEN = ValueError, ArithmeticError, LookupError, UnboundLocalError # what edfio raises on damaged headers
@@ -136,7 +136,7 @@ class _EdfSource:
         self.signals,self.duration = self.file.signals, records * head['seconds']
         self.names,self.fs = [s.label for s in self.signals], [float(s.sampling_frequency) for s in self.signals]
         if 'DF+D' in self.file.reserved: _refuse_gaps(self.file, self.where)
-        try: self.start = self.file.startdatetime
+        try: self.start = datetime.combine(self.file.startdate, self.file.starttime)
         except _BROKEN: # removed for privacy, or not a date
             self.start = None
             self.notes.append('no start time can be read: hypnogram and recording are taken to start together')
