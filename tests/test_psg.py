@@ -130,6 +130,17 @@ def test_hypnogram_inside_the_recording_or_beside_it(tmp_path):
     assert (read_night(write_psg(tmp_path/'a.edf', annotations=inside)).stages == TRUTH).all()
     assert (read_night(write_psg(tmp_path/'b.edf'), write_hypnogram(tmp_path/'h.edf')).stages == TRUTH).all()
 
+def test_hypnogram_inside_an_mne_raw(tmp_path):
+    raw = mne.io.RawArray(EEG[None] * 1e-6, mne.create_info(['C3'], 100, 'eeg'), verbose='error')
+    raw.set_meas_date(datetime.datetime(2020, 1, 2, 22, tzinfo=datetime.timezone.utc))
+    raw.set_annotations(mne.Annotations([30*i for i in range(8)], 30, WORDS, orig_time=raw.info['meas_date']))
+    assert (read_night(raw).stages == TRUTH).all()
+    later = raw.copy().crop(60)                                     # its first sample is a minute later
+    assert (read_night(later).stages == TRUTH[2:]).all()
+    later.save(tmp_path/'cut_raw.fif', verbose='error')
+    assert (read_night(tmp_path/'cut_raw.fif').stages == TRUTH[2:]).all()
+    assert (read_night(later, read_hypnogram(write_hypnogram(tmp_path/'h.edf'))).stages == TRUTH[2:]).all()
+
 def test_every_number_of_every_vocabulary_is_a_stage_or_unscored():
     for numbers in NUMBERS.values(): assert set(numbers.values()) <= {-1, 0, 1, 2, 3, 4}
     assert [stage_of_word(f'Sleep stage {x}') for x in 'W1234R?'] == [0, 1, 2, 3, 3, 4, -1]

@@ -78,7 +78,8 @@ def test_failed_nights_are_reported_and_the_rest_goes_on(tmp_path):
     with pytest.raises(StoreError, match='no night could be prepared'): prepare(cohort(['broken']), tmp_path/'t', progress=False)
 
 @pytest.mark.parametrize('change,what', [
-    (dict(name='other'), 'cohort'), (dict(wanted=('C3-M2', 'Chin')), 'channels'), (dict(crop_wake_min=30), 'crop_wake_min')])
+    (dict(name='other'), 'cohort'), (dict(wanted=('C3-M2', 'Chin')), 'channels'), (dict(crop_wake_min=30), 'crop_wake_min'),
+    (dict(options=dict(scorer=2)), 'scorer')])
 def test_what_differs_is_refused(tmp_path, change, what):
     first = cohort(['a'])
     prepare(first, tmp_path, progress=False)

@@ -189,7 +189,7 @@ def _refuse_gaps(
         raise RecordingError('the recording has gaps (EDF+D)', where=where, expected='a continuous recording',
             remedy='Export it as EDF+C, with gaps filled, or as one file for each part.')
 
-# %% ../../nbs/100_data.psg.ipynb #3c3d08e5
+# %% ../../nbs/100_data.psg.ipynb #b780fcb0
 class _RawSource:
     "Reads one channel at a time from an mne `Raw`."
     def __init__(self,
@@ -202,6 +202,11 @@ class _RawSource:
         self.duration = len(raw.times) / raw.info['sfreq']
         self.start = raw.info['meas_date'] and raw.info['meas_date'].replace(tzinfo=None) + timedelta(seconds=raw.first_time)
         self.gain = _MICROVOLTS[(unit or 'V').casefold()]
+
+    def events(self)->list[tuple]: # (onset in s, duration in s, text)
+        notes = self.raw.annotations
+        shift = self.raw.first_time if notes.orig_time is not None else 0.
+        return [(float(o) - shift, float(d), str(t)) for o,d,t in zip(notes.onset, notes.duration, notes.description)]
 
     def read(self, i): return (self.raw.get_data(picks=[i])[0] * self.gain).astype(np.float32)
 
@@ -506,7 +511,7 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #e976e3dc
+# %% ../../nbs/100_data.psg.ipynb #244ae3c8
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
@@ -543,7 +548,7 @@ def _combine(
 
 def read_night(
     source:str|Path,                   # recording: a file, or an mne `Raw`
-    hypnogram:str|Path|None=None,      # its stages; by default those in the recording itself, if it has any
+    hypnogram:str|Path|Hypnogram|None=None, # its stages; by default those in the recording itself, if it has any
     wanted:list[str]|None=None,        # channels to read or derive; by default all EEG, EOG, EMG and ECG, as recorded
     aliases:dict[str, str]|None=None,  # the recording's own names → what they are
     unit:str|None=None,                # overrides the file's unit: `'uV'`, `'mV'` or `'V'`
@@ -573,8 +578,9 @@ def read_night(
 def _stages(recording, hypnogram, vocabulary):
     "Stages of the recording's epochs, from a file, from the recording itself, or none."
     found = None
-    if hypnogram is not None: found = read_hypnogram(hypnogram, vocabulary)
-    elif isinstance(recording.source, _EdfSource):
+    if isinstance(hypnogram, Hypnogram): found = hypnogram
+    elif hypnogram is not None: found = read_hypnogram(hypnogram, vocabulary)
+    else:
         events = recording.source.events()
         if any(stage_of_word(e[2]) is not None for e in events): found = _pieces(events, recording.where, recording.start)
     if found:

@@ -56,7 +56,7 @@ def preprocess_night(
         made[:, i] = to_epochs(np.pad(y, (0, max(0, len(night.stages)*3000 - len(y)))))[keep]
     return made, there, keep
 
-# %% ../../nbs/120_data.store.ipynb #687705d6
+# %% ../../nbs/120_data.store.ipynb #999f18a9
 @dataclass(frozen=True, eq=False)
 class Cohort:
     "A dataset: a table of its nights, and how to read one."
@@ -66,6 +66,7 @@ class Cohort:
     read:Callable[[dict], Night]     # from a row of `nights`, as a dict
     crop_wake_min:float|None=None    # minutes of wake to keep around sleep
     expected:tuple[int, ...]|None=None # epochs per stage in the whole dataset, where they are known
+    options:dict|None=None           # what else decides how a night is read, such as the scorer; plain values
 
 # %% ../../nbs/120_data.store.ipynb #72e204f5
 def _quantise(
@@ -225,10 +226,11 @@ class EpochStore:
         return (f'{self.cohort}: {len(self.nights)} nights of {self.nights.subject.nunique()} subjects, '
                 f'{len(self)} epochs ({counts}), channels {", ".join(self.channels)}{failed}')
 
-# %% ../../nbs/120_data.store.ipynb #f9b3f562
+# %% ../../nbs/120_data.store.ipynb #21adc08c
 def _manifest(cohort:Cohort, recipe:Recipe)->dict:
     decides = dict(format=FORMAT, cohort=cohort.name, channels=list(cohort.wanted), fs=FS, crop_wake_min=cohort.crop_wake_min,
-                   recipe=json.loads(json.dumps(asdict(recipe))))
+                   options=cohort.options or {}, recipe=asdict(recipe))
+    decides = json.loads(json.dumps(decides)) # as it will be read again
     text = json.dumps(decides, sort_keys=True)
     return decides | dict(id=hashlib.sha256(text.encode()).hexdigest()[:12],
                           versions={o: version(o) for o in ('sleepnb', 'numpy', 'scipy', 'mne', 'edfio')})
