@@ -114,9 +114,9 @@ def test_statistics_and_checksums(tmp_path):
 
 def test_damaged_stores_say_so(tmp_path):
     prepare(cohort(['a']), tmp_path, progress=False)
-    array,steps = (next((tmp_path/'nights').glob(f'*{o}')) for o in ('[!s].npy', '.steps.npy'))
+    array = next((tmp_path/'nights').glob('*.npy'))
     record = next((tmp_path/'nights').glob('*.json'))
-    for path,raw,match in ((array, array.read_bytes()[:5000], 'cannot be read'), (steps, b'', 'cannot be read'),
+    for path,raw,match in ((array, array.read_bytes()[:5000], 'cannot be read'), (array, b'', 'cannot be read'),
                            (record, b'{}', 'cannot be read'), (record, record.read_bytes()[:50], 'cannot be read'),
                            (tmp_path/'manifest.json', b'{"format": 99}', 'another format'), (tmp_path/'manifest.json', b'x', 'no store')):
         whole = path.read_bytes()
@@ -125,11 +125,27 @@ def test_damaged_stores_say_so(tmp_path):
         path.write_bytes(whole)
     EpochStore(tmp_path).read([0])
 
-def test_at_most_64_arrays_are_held(tmp_path):
+def test_reading_holds_no_file_open(tmp_path):
     store = prepare(cohort([f's{i:03d}' for i in range(70)], epochs=1), tmp_path, progress=False)
-    held = lambda: len({os.readlink(f'/proc/self/fd/{o}') for o in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{o}')} & files)
-    files = {str(p.resolve()) for p in tmp_path.rglob('*.npy')}
-    mapped = lambda: sum(f in Path('/proc/self/maps').read_text() for f in files)
-    store.read(np.arange(70))
-    if os.path.exists('/proc/self/maps'): assert mapped() <= 64 and held() <= 64
-    assert len(store._open) == 64
+    opened = lambda: len(os.listdir('/proc/self/fd')) if os.path.exists('/proc/self/fd') else 0
+    before = opened()
+    for _ in range(3): store.read(np.arange(70))
+    assert opened() == before
+
+def test_memory_does_not_grow_with_nights(tmp_path):
+    "Opening and sampling 2,000 nights takes as much memory as 10; the nights are links to one file, which readers cannot know."
+    code = ('import resource, sys, numpy as np; from sleepnb.data.store import EpochStore; s = EpochStore(sys.argv[1])\n'
+            'for i in range(50): s.read(np.random.default_rng(i).integers(0, len(s), 100))\n'
+            'print(len(s), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
+    peak = {}
+    for n in (10, 2000):
+        folder = tmp_path/str(n)
+        prepare(cohort(['s0'], epochs=[960]), folder, progress=False)
+        first = next((folder/'nights').glob('*.json'))
+        for i in range(1, n):
+            (folder/'nights'/f's{i}.json').write_text(json.dumps(json.loads(first.read_text()) | dict(subject=f's{i}')))
+            os.link(first.with_suffix('.npy'), folder/'nights'/f's{i}.npy')
+        run = subprocess.run([sys.executable, '-c', code, str(folder)], check=True, capture_output=True, text=True)
+        epochs,peak[n] = map(int, run.stdout.split())
+        assert epochs == 960 * n
+    assert peak[2000] < 1.1 * peak[10], peak
