@@ -54,10 +54,13 @@ def test_slow_waves_of_the_real_night():
     measured = [np.median(share[night.stages == s]) for s in Stage]
     np.testing.assert_allclose(measured, [.536, .628, .814, .927, .642], atol=.01)
 
-def test_only_the_wanted_channels_are_touched():
-    recording = open_recording(sample_files()[0])
-    recording.read(1)
-    assert [s._digital is not None for s in recording.source.signals] == [False, True, False, False]
+def test_only_the_wanted_channels_are_touched(monkeypatch):
+    from edfio import EdfSignal
+    touched,read = [], EdfSignal.get_digital_slice
+    monkeypatch.setattr(EdfSignal, 'get_digital_slice', lambda self, *args: (touched.append(self.label), read(self, *args))[1])
+    night = read_night(*sample_files(), wanted=['Pz', 'Chin'])
+    assert len(night.x) == 2 and touched == ['EEG Pz-Oz', 'EMG submental']
+    assert all(s._digital is None for s in open_recording(sample_files()[0]).source.signals)
 
 @pytest.mark.parametrize('suffix', ['.edf', '.rec', '.bdf', '.fif', '.vhdr'])
 def test_formats(tmp_path, suffix):

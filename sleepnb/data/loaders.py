@@ -23,14 +23,14 @@ from .splits import Split, check_no_leak, holdout_split, label_budget
 from .store import EpochStore
 from ..montage import parse_channel
 
-# %% ../../nbs/150_data.loaders.ipynb #737e885c
+# %% ../../nbs/150_data.loaders.ipynb #4fa93a0a
 def _hold(
     store:EpochStore,
 )->tuple[np.ndarray, np.ndarray]: # all epochs as int16, `(epochs, channels, 3000)`; scales, `(epochs, channels)`
     stored = np.empty((len(store), len(store.channels), 3000), np.int16)
     steps = np.empty(stored.shape[:2], np.float32)
     for i,(first,n) in enumerate(zip(store.first_row, store.nights.epochs)):
-        night = np.load(store.file(i)[0])
+        night = np.load(store.place(i)[0])
         stored[first:first + n],steps[first:first + n] = night['x'], night['step']
     return stored, steps
 

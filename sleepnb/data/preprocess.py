@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FS', 'filter_resample', 'hold', 'to_epochs', 'crop_wake', 'robust_stats', 'normalise']
 
-# %% ../../nbs/110_data.preprocess.ipynb #90a98e15
+# %% ../../nbs/110_data.preprocess.ipynb #dfac3cb6
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 from mne.filter import create_filter
@@ -14,9 +15,10 @@ from scipy.fft import irfft, next_fast_len, rfft
 
 from ..core import EPOCH_SEC, Stage
 
-# %% ../../nbs/110_data.preprocess.ipynb #151e16f2
+# %% ../../nbs/110_data.preprocess.ipynb #1ee1e250
 FS = 100 # Hz, the rate that every model sees
 
+@lru_cache(32) # the channels of a night share one
 def _kernel(
     fs:float,          # Hz
     low:float|None,    # Hz, lower edge of the pass band
@@ -55,7 +57,7 @@ def _piece(
         at += len(part)
     return made
 
-# %% ../../nbs/110_data.preprocess.ipynb #fac12579
+# %% ../../nbs/110_data.preprocess.ipynb #fe7dd181
 def filter_resample(
     x:np.ndarray,          # `(samples,)` or `(channels, samples)`; any numeric type, such as the integers of a file
     fs:float,              # Hz
@@ -72,18 +74,21 @@ def filter_resample(
     if len(kernel) == 1 and up == down: return x.astype(np.float32) * np.float32(gain)
     half = len(kernel) // 2
     margin = max(-(-half // down), 64) * down                         # a block's samples that are only context
-    units = next_fast_len(max(2**16, 4*margin) // down, real=True)    # a block of units·down samples in, units·up out
+    units = next_fast_len(max(2**15, 4*margin) // down, real=True)    # a block of units·down samples in, units·up out
     n_in,n_out,rim = units * down, units * up, margin * up // down
     response = rfft(np.concatenate([kernel[half:], np.zeros(n_in - len(kernel)), kernel[:half]]).astype(np.float32))
     x = np.asarray(x)
-    shift = x.mean(dtype=float) if low is not None else 0.            # a filter only weakens a constant
+    shift = x[::64].mean() if low is not None else 0.                 # a filter only weakens a constant
     before,after = _ends(x[:margin+1], margin)[0], _ends(x[-margin-1:], margin)[1]
     made = np.empty(round(len(x) * fs_out / fs), np.float32)
+    response = response[:n_out//2 + 1]                                # all that the new rate can hold
     for at in range(0, len(made), n_out - 2*rim):
-        block = _piece([before, x, after], at * down // up, at * down // up + n_in) - np.float32(shift)
-        spectrum = (rfft(block) * response)[:n_out//2 + 1]
-        y = irfft(spectrum, n_out)[rim:n_out - rim] * np.float32(gain * up / down)
-        made[at:at + len(y)] = y[:len(made) - at]
+        block = _piece([before, x, after], at * down // up, at * down // up + n_in)
+        block -= np.float32(shift)
+        spectrum = rfft(block, overwrite_x=True)[:len(response)]
+        spectrum *= response
+        y = irfft(spectrum, n_out, overwrite_x=True)[rim:n_out - rim][:len(made) - at]
+        np.multiply(y, np.float32(gain * up / down), out=made[at:at + len(y)])
     return made
 
 # %% ../../nbs/110_data.preprocess.ipynb #c3c60f38

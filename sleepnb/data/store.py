@@ -137,7 +137,7 @@ def _prepare_night(
 # %% ../../nbs/120_data.store.ipynb #e092b09a
 FORMAT = 1 # of stores; it changes when an older store can no longer be read
 
-# %% ../../nbs/120_data.store.ipynb #b5cf4440
+# %% ../../nbs/120_data.store.ipynb #0721fcb8
 def _read_manifest(path:Path)->dict:
     try: found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -175,6 +175,7 @@ class EpochStore:
         self.stages = np.concatenate([r['stages'] for r in records])                 # stage codes, per epoch
         self.first_row = np.cumsum([0, *lengths[:-1]])                               # of each night
         self.there,self.median,self.scale = (np.array([r[o] for r in records]) for o in ('there', 'median', 'scale'))
+        self._places = {}                                                            # of nights that were read before
 
     def __len__(self): return len(self.stages)
 
@@ -184,19 +185,21 @@ class EpochStore:
         rows = self.nights.loc[self.night_of, ['cohort', 'subject', 'night']].reset_index(drop=True)
         return rows.assign(epoch=self.epoch, stage=self.stages)
 
-    def file(self,
-        i:int,    # row of `nights`
-    )->tuple[Path, int]: # the file of a night, and the byte at which its first epoch begins
+    def place(self,
+        i:int,           # row of `nights`
+    )->tuple[str, int]:  # file of the night, and the byte at which its first epoch begins
         """Where the signals of a night lie.
 
         Raises `StoreError` when the file is not there, or has another length than its night."""
-        file = self.path/'nights'/self.nights.file[i]
-        body = int(self.nights.epochs[i]) * len(self.channels) * STORED.itemsize
-        size = file.stat().st_size if file.exists() else 0
-        if not (64 <= size - body <= 1024 and (size - body) % 64 == 0):                # numpy's header
-            raise StoreError('the signals of a night cannot be read', where=file, found=f'{size} bytes',
-                             expected=f'{body} bytes and a header', remedy='Delete its files and prepare again.')
-        return file, size - body
+        if i not in self._places:
+            file = self.path/'nights'/self.nights.file[i]
+            body = int(self.nights.epochs[i]) * len(self.channels) * STORED.itemsize
+            size = file.stat().st_size if file.exists() else 0
+            if not (64 <= size - body <= 1024 and (size - body) % 64 == 0):          # numpy's header
+                raise StoreError('the signals of a night cannot be read', where=file, found=f'{size} bytes',
+                                 expected=f'{body} bytes and a header', remedy='Delete its files and prepare again.')
+            self._places[i] = str(file), size - body
+        return self._places[i]
 
     def read(self,
         rows:np.ndarray, # numbers of epochs, `(b,)`
@@ -209,10 +212,13 @@ class EpochStore:
         made = np.empty((len(rows), len(self.channels), 3000), np.float32)
         one = np.empty(len(self.channels), STORED)                                     # an epoch
         nights = self.night_of[rows]
-        for i in np.unique(nights):
-            file,begin = self.file(i)
-            with file.open('rb', buffering=0) as f:
-                for k in np.flatnonzero(nights == i):
+        order = np.argsort(nights, kind='stable')
+        for at in np.split(order, np.flatnonzero(np.diff(nights[order])) + 1):         # one night after the other
+            if not len(at): continue
+            i = int(nights[at[0]])
+            file,begin = self.place(i)
+            with open(file, 'rb', buffering=0) as f:
+                for k in at:
                     f.seek(begin + int(rows[k] - self.first_row[i]) * one.nbytes)
                     f.readinto(one.view(np.uint8))
                     np.multiply(one['x'], one['step'][:, None], out=made[k])
