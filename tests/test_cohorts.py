@@ -8,7 +8,7 @@ from zlib import crc32
 import mne
 import numpy as np
 import pytest
-from edfio import Edf, EdfAnnotation, EdfSignal
+from edfio import Edf, EdfAnnotation, EdfSignal, Patient
 
 from sleepnb.core import EPOCH_SEC, SleepnbError, Stage
 from sleepnb.data.cohorts import (CHANNELS, COHORTS, EXPECTED, anphy, bids, compare_counts, fetch_sleep_edf, isruc, mass_ss3, plain_folder,
@@ -31,7 +31,8 @@ def write_psg(path, names, fs=100, epochs=8, annotations=(), start=BEGIN, values
         if x is None: x = np.random.default_rng(crc32(name.encode())).normal(size=n) * 20
         signals.append(EdfSignal(np.clip(x, -2000, 2000), rate, label=name, physical_dimension='uV', physical_range=(-2000, 2000)))
     edf = Edf(signals, annotations=[EdfAnnotation(*a) for a in annotations] or None, starttime=start.time(),
-              data_record_duration=30 if signals else None)
+              data_record_duration=30 if signals else None,
+              patient=Patient(code=f'{crc32(str(path).encode()):x}'))   # or files of different people would be the same bytes
     edf.startdate = start.date()
     edf.write(path)
     return path

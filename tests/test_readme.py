@@ -20,14 +20,28 @@ def missing(source):
         yield from (f'{node.module}.{a.name}' for a in node.names if not hasattr(module, a.name))
 
 def test_readme_has_its_commands_and_doors():
-    assert len(SHELL) == 2 and len(PYTHON) == 4
+    assert len(SHELL) == 2 and len(PYTHON) == 5
     assert SHELL[0].rstrip().endswith('&& sleepnb demo')
     assert SHELL[1].rstrip().endswith('&& nbdev_test --n_workers 2 && python -m pytest -q tests')
     assert all(s.startswith('python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt ') for s in SHELL)
 
+def write_recordings(folder):
+    "Five nights of five people, each with a table of stages beside it."
+    from edfio import Edf, EdfSignal
+    from sleepnb.core import Stage
+    from sleepnb.synth import synth_night
+    folder.mkdir()
+    for who in ('anna', 'bo', 'cleo', 'dan', 'eva'):
+        night = synth_night(['C3-A2', 'E1-M2', 'Chin'], n_epochs=60, subject=who)
+        Edf([EdfSignal(x.clip(-3000, 3000), 100, label=n, physical_dimension='uV', physical_range=(-3000, 3000))
+             for n,x in zip(night.channels, night.x)]).write(folder/f'{who}.edf')
+        rows = ''.join(f'{30*i},30,{Stage(s).label}\n' for i,s in enumerate(night.stages))
+        (folder/f'{who}.csv').write_text(f'onset,duration,stage\n{rows}')
+
 @pytest.mark.parametrize('source', PYTHON, ids=lambda s: s.split()[1])
 def test_python(source, tmp_path):
     if absent := list(missing(source)): pytest.skip(f'not built yet: {", ".join(absent)}')
+    if 'my-recordings' in source: write_recordings(tmp_path/'my-recordings')
     run = subprocess.run([sys.executable, '-c', source], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 

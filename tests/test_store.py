@@ -64,6 +64,23 @@ def test_killed_at_thirty_moments(tmp_path, undisturbed):
         assert process.wait() == 0, process.stderr.read()
         assert contents(store) == undisturbed
 
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    from sleepnb.data.store import _write
+    def fail(f):
+        f.write(b'half')
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): _write(tmp_path/'a.npy', fail)
+    assert not (tmp_path/'a.npy').exists()
+    _write(tmp_path/'a.npy', lambda f: f.write(b'old'))
+    with pytest.raises(KeyboardInterrupt): _write(tmp_path/'a.npy', fail)
+    assert (tmp_path/'a.npy').read_bytes() == b'old'
+
+def test_only_our_own_leftovers_are_swept(tmp_path):
+    prepare(cohort(['a']), tmp_path, progress=False)
+    for name in ('thesis.tmp', 'nights/x.99999999.tmp', 'nights/a.npy.99999999.tmp'): (tmp_path/name).write_text('')
+    prepare(cohort(['a']), tmp_path, progress=False)
+    assert sorted(p.name for p in tmp_path.rglob('*.tmp')) == ['thesis.tmp', 'x.99999999.tmp']
+
 def test_two_at_once(tmp_path, undisturbed):
     for jobs in (1, 2):
         both = [start(tmp_path/f'store-{jobs}', jobs) for _ in range(2)]
@@ -110,7 +127,24 @@ def test_statistics_and_checksums(tmp_path):
     low,middle,high = np.percentile(x, [25, 50, 75])
     np.testing.assert_allclose([store.median[0, 0], store.scale[0, 0]], [middle, (high - low) / 1.349], atol=.01)
     record = json.loads(next((tmp_path/'nights').glob('*.json')).read_text())
-    assert record['sources'][psg.name] == hashlib.sha256(psg.read_bytes()).hexdigest() and len(record['sources']) == 2
+    assert record['sources'] == [[o.name, hashlib.sha256(o.read_bytes()).hexdigest()] for o in (psg, hypnogram)]
+
+def test_one_recording_under_two_names_is_refused(tmp_path):
+    psg,hypnogram = sample_files()
+    nights = pd.DataFrame([dict(subject=s, night=1, recording=str(psg), hypnogram=str(hypnogram)) for s in 'ab'])
+    twins = Cohort('twins', nights, ('Chin',), lambda row: read_night(row['recording'], row['hypnogram'], ['Chin']))
+    with pytest.raises(StoreError, match='the same recording is there twice'): prepare(twins, tmp_path/'store', progress=False)
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path/'night.edf').write_text('')
+    with pytest.raises(StoreError, match='not empty, and no store'): prepare(cohort(['a']), tmp_path, progress=False)
+    with pytest.raises(StoreError, match='only a cohort'): prepare('folder', tmp_path/'s')
+
+def test_a_lost_array_is_prepared_again(tmp_path):
+    prepare(cohort(['a', 'b']), tmp_path/'s', progress=False)
+    next((tmp_path/'s'/'nights').glob('a*.npy')).unlink()
+    with pytest.raises(StoreError, match='cannot be read'): EpochStore(tmp_path/'s')
+    assert len(prepare(cohort(['a', 'b']), tmp_path/'s', progress=False)) == 40
 
 def test_damaged_stores_say_so(tmp_path):
     prepare(cohort(['a']), tmp_path, progress=False)

@@ -266,7 +266,15 @@ def anphy(
         if 'edf' in files: rows.append((subject.name[5:], 1, files['edf'][0], files.get('txt', [None])[0]))
     return _cohort('anphy', _table(folder, rows, 'EPCTL01/….edf'), _wanted('anphy', wanted), 'one .txt beside it')
 
-# %% ../../nbs/130_data.cohorts.ipynb #243e31d6
+# %% ../../nbs/130_data.cohorts.ipynb #40c12b01
+def _names(
+    wanted:Iterable[str]|None,
+    folder:str|Path,
+)->tuple[str, ...]:
+    if isinstance(wanted, str):
+        raise MontageError('channels must come in a list', where=folder, found=repr(wanted), expected='a list of names')
+    return tuple(wanted or ())
+
 def _channels_of(
     recording:str,
     aliases:dict[str, str]|None,
@@ -303,12 +311,13 @@ def _references(
 def _read_bids(row:dict, aliases:dict[str, str]|None, **how)->Night:
     return _read(row, aliases=_references(row['channels']) | (aliases or {}), **how)
 
-# %% ../../nbs/130_data.cohorts.ipynb #0b4ded8c
+# %% ../../nbs/130_data.cohorts.ipynb #80da5a07
 def bids(
     folder:str|Path,                   # with `sub-…`
     wanted:Iterable[str]|None=None,    # names; by default those of the first recording
     aliases:dict[str, str]|None=None,  # recorded names → what they are
     vocabulary:str|None=None,          # whose numbers, where stages are numbers, as for `read_hypnogram`
+    column:str|None=None,              # which column of a table holds the stages, as for `read_hypnogram`
     unit:str|None=None,                # overrides the files': `'uV'`, `'mV'` or `'V'`
     name:str='bids',
     crop_wake_min:float|None=None,     # minutes of wake to keep around sleep
@@ -323,9 +332,10 @@ def bids(
         rows.append((m[1], m[2].strip('_') or '1', p, next((o for o in (stages, events) if o.is_file()), None)))
         channels.append(str(table) if table.is_file() else '')
     nights = _table(folder, rows, 'sub-…_eeg.edf').assign(channels=channels)
-    wanted = wanted or _first_channels(nights.recording, (_references(o) | (aliases or {}) for o in nights.channels))
+    own = (_references(o) | (aliases or {}) for o in nights.channels)
+    wanted = _names(wanted, folder) or _first_channels(nights.recording, own)
     return _cohort(name, nights, tuple(wanted), '…_hypnogram.tsv or …_events.tsv beside it', _read_bids, crop_wake_min,
-                   aliases=aliases, vocabulary=vocabulary, unit=unit)
+                   aliases=aliases, vocabulary=vocabulary, column=column, unit=unit)
 
 # %% ../../nbs/130_data.cohorts.ipynb #733fcb51
 _EDF = '.edf', '.bdf', '.rec'
@@ -349,7 +359,7 @@ def _owner(
     fits = [p for p,stem in stems.items() if re.match(re.escape(stem) + r'(?![A-Za-z0-9])', path.name, re.I)]
     return max(fits, key=lambda p: len(stems[p]), default=None)
 
-# %% ../../nbs/130_data.cohorts.ipynb #8b1200cf
+# %% ../../nbs/130_data.cohorts.ipynb #6cb2bd10
 def _scored(
     recordings:list[Path],
     others:list[Path],      # files that may be hypnograms
@@ -369,7 +379,7 @@ def _subject(
     path:Path,         # below the folder
     pattern:str|None,
 )->str:
-    if pattern is None: return path.parent.as_posix() if len(path.parts) > 1 else path.stem
+    if pattern is None: return path.parts[0] if len(path.parts) > 1 else path.stem
     if m := re.search(pattern, path.as_posix()): return next((o for o in m.groups() if o), m[0])
     raise SleepnbError('this name does not tell the subject', where=path, expected=f'something that matches {pattern!r}',
                        remedy='Correct the pattern, or rename the file.')
@@ -381,6 +391,7 @@ def plain_folder(
     subject:str|None=None,             # regular expression for the subject in a recording's path below the folder
     aliases:dict[str, str]|None=None,  # recorded names → what they are
     vocabulary:str|None=None,          # whose numbers, where stages are numbers, as for `read_hypnogram`
+    column:str|None=None,              # which column of a table holds the stages, as for `read_hypnogram`
     unit:str|None=None,                # overrides the files': `'uV'`, `'mV'` or `'V'`
     name:str='folder',
     crop_wake_min:float|None=None,     # minutes of wake to keep around sleep
@@ -392,11 +403,14 @@ def plain_folder(
     recordings = [p for p in files if not (ending and p.name.endswith(ending)) and _is_recording(p)]
     others = [p for p,_ in _files(folder, r'.*\.(csv|tsv|txt|xml)')] + [p for p in files if p not in recordings]
     scored,below = _scored(recordings, [p for p in others if p.name.endswith(ending)]), Path(folder).expanduser()
-    rows = [(_subject(p.relative_to(below), subject), p.stem, p, scored.get(p)) for p in recordings]
+    paths = [p.relative_to(below) for p in recordings]
+    night = lambda path: '/'.join([*path.parts[1:-1], path.stem])       # what stands between subject and ending
+    rows = [(_subject(path, subject), night(path), p, scored.get(p)) for p,path in zip(recordings, paths)]
     nights = _table(folder, rows, 'recordings such as ….edf')
-    wanted = wanted or _first_channels(nights.recording, [aliases] * len(nights))
+    wanted = _names(wanted, folder) or _first_channels(nights.recording, [aliases] * len(nights))
     return _cohort(name, nights, tuple(wanted), 'a file beside it whose name begins with the same', crop_wake_min=crop_wake_min,
-                   aliases=aliases, vocabulary=vocabulary, unit=unit)
+                   options=dict(subject=subject, ending=ending), aliases=aliases, vocabulary=vocabulary, column=column,
+                   unit=unit)
 
 # %% ../../nbs/130_data.cohorts.ipynb #aabe4ed5
 COHORTS = { # name → function of a folder

@@ -23,7 +23,7 @@ from .splits import Split, check_no_leak, holdout_split, label_budget
 from .store import EpochStore
 from ..montage import parse_channel
 
-# %% ../../nbs/150_data.loaders.ipynb #4fa93a0a
+# %% ../../nbs/150_data.loaders.ipynb #ee3c178a
 def _hold(
     store:EpochStore,
 )->tuple[np.ndarray, np.ndarray]: # all epochs as int16, `(epochs, channels, 3000)`; scales, `(epochs, channels)`
@@ -48,6 +48,13 @@ class Stores:
         if not stores or len({*self.cohorts}) < len(stores):
             raise StoreError('each cohort needs one store', found=', '.join(self.cohorts) or 'no store',
                              remedy='Give the cohorts different names when you prepare them.')
+        seen = {}
+        for s in self.stores:
+            for checksum,subject in s.recordings.items():
+                if (first := seen.setdefault(checksum, (s.cohort, subject))) != (s.cohort, subject):
+                    raise StoreError('the same recording is in two stores', where=s.path,
+                                     found=f'{first} and {(s.cohort, subject)}',
+                                     remedy='Leave it out of one of them: people must not be trained on and tested on.')
         self.first = np.cumsum([0, *map(len, self.stores)])             # row of each store's first epoch
         self.stages = np.concatenate([s.stages for s in self.stores])                # of each row
         self.nights = pd.concat([s.nights for s in self.stores], ignore_index=True)
@@ -258,7 +265,7 @@ def show_batch(
         ax.spines[['top', 'right']].set_visible(False)
     for ax in axes[-1]: ax.set_xlabel('seconds')
 
-# %% ../../nbs/150_data.loaders.ipynb #84c341a2
+# %% ../../nbs/150_data.loaders.ipynb #aa72b818
 def _check(stores, rows, labelled, mix, modalities):
     if mix not in MIXES:
         raise StoreError('mix is a way to compose batches', expected=' or '.join(MIXES), found=repr(mix))
@@ -347,13 +354,14 @@ class EpochLoader(DataLoader):
         try: return super().one_batch()
         finally: self._next = after
 
-    def new(self, dataset=None, cls=None, drop_last=None, **kwargs): # as fastai's `get_preds` calls it
-        "The same loader with other arguments."
-        return type(self)(**self._made_with | dict(device=self.device) | kwargs)
+    def new(self, dataset=None, cls=None, drop_last=None, **kwargs): # as fastai's `get_preds` and `test_dl` call it
+        "The same loader with other arguments; a `dataset` is other rows, which come in order."
+        other = {} if dataset is None else dict(rows=np.asarray(dataset), shuffle=False)
+        return type(self)(**self._made_with | dict(device=self.device) | other | kwargs)
 
     def show_batch(self, b=None, max_n:int=6): show_batch(self.stores, b or self.one_batch(), max_n)
 
-# %% ../../nbs/150_data.loaders.ipynb #65a05531
+# %% ../../nbs/150_data.loaders.ipynb #36cbeca6
 def rows_of(
     stores:Stores,
     split:Split,
@@ -373,12 +381,14 @@ def rows_of(
 def _loaders(stores, split, train, valid, device, **kwargs):
     check_no_leak(split, train=train, valid=valid)
     loaders = [EpochLoader(stores, t.index, shuffle=t is train, **kwargs) for t in (train, valid)]
-    return DataLoaders(*loaders, device=device or default_device())
+    made = DataLoaders(*loaders, device=device or default_device())
+    made.split = split # for results to name
+    return made
 
-# %% ../../nbs/150_data.loaders.ipynb #e4f87929
+# %% ../../nbs/150_data.loaders.ipynb #76ba780e
 def labelled_loaders(
     stores:Stores|EpochStore|str|Path|Iterable, # `Stores`, or what makes one
-    split:Split|None=None,                 # `None`: a hold-out of these stores' subjects
+    split:Split|str|Path|None=None,        # or its file; `None`: a hold-out of these stores' subjects
     labels:float=1,                        # share of the training labels to use
     by:str='epoch',                        # how they are chosen, as for `label_budget`
     bs:int=100,
@@ -391,16 +401,16 @@ def labelled_loaders(
 )->DataLoaders:                            # training and validation
     "Batches with stages: the training part's budget, shuffled, and the whole validation part, in order."
     stores = stores if isinstance(stores, Stores) else Stores(stores)
-    split = split or holdout_split(stores.nights, seed=seed)
+    split = Split.load(split) if isinstance(split, (str, Path)) else split or holdout_split(stores.nights)
     train,valid = (rows_of(stores, split, p) for p in ('train', 'valid'))
     train = train[label_budget(train, labels, seed, by)]
     return _loaders(stores, split, train, valid, device, bs=bs, mix=mix, min_steps=min_steps, seed=seed,
                     modalities=modalities, num_workers=num_workers)
 
-# %% ../../nbs/150_data.loaders.ipynb #257262f3
+# %% ../../nbs/150_data.loaders.ipynb #39515a1a
 def pretraining_loaders(
     stores:Stores|EpochStore|str|Path|Iterable, # `Stores`, or what makes one
-    split:Split|None=None,                 # `None`: a hold-out of these stores' subjects
+    split:Split|str|Path|None=None,        # or its file; `None`: a hold-out of these stores' subjects
     draw:Callable|None=draw_triplets,      # what comes along: `draw_triplets`, `draw_pairs` or nothing
     bs:int=100,
     mix:str='proportional',                # `'proportional'`, `'equal'` or `'homogeneous'`
@@ -412,7 +422,7 @@ def pretraining_loaders(
 )->DataLoaders:                            # training subjects; validation subjects
     "Batches without stages: all epochs of the training subjects, with neighbours in time."
     stores = stores if isinstance(stores, Stores) else Stores(stores)
-    split = split or holdout_split(stores.nights, seed=seed)
+    split = Split.load(split) if isinstance(split, (str, Path)) else split or holdout_split(stores.nights)
     train,valid = (rows_of(stores, split, p, scored=False) for p in ('train', 'valid'))
     return _loaders(stores, split, train, valid, device, bs=bs, mix=mix, min_steps=min_steps, seed=seed,
                     modalities=modalities, draw=draw, labelled=False, num_workers=num_workers)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FS', 'filter_resample', 'hold', 'to_epochs', 'crop_wake', 'robust_stats', 'normalise']
 
-# %% ../../nbs/110_data.preprocess.ipynb #dfac3cb6
+# %% ../../nbs/110_data.preprocess.ipynb #af3c9982
 from fractions import Fraction
 from functools import lru_cache
 
@@ -13,9 +13,9 @@ import numpy as np
 from mne.filter import create_filter
 from scipy.fft import irfft, next_fast_len, rfft
 
-from ..core import EPOCH_SEC, Stage
+from ..core import EPOCH_SEC, SleepnbError, Stage
 
-# %% ../../nbs/110_data.preprocess.ipynb #1ee1e250
+# %% ../../nbs/110_data.preprocess.ipynb #0110f7be
 FS = 100 # Hz, the rate that every model sees
 
 @lru_cache(32) # the channels of a night share one
@@ -26,6 +26,10 @@ def _kernel(
     fs_out:float,      # Hz
 )->np.ndarray:         # odd number of taps, symmetric
     "The filter that does what was asked for, and leaves nothing that the new rate could not hold."
+    edges = [0, *(o for o in (low, high) if o is not None), fs_out / 2]
+    if edges != sorted(set(edges)):
+        raise SleepnbError('this pass band is not possible', found=f'{low} to {high} Hz',
+                           expected=f'0 < low < high < {fs_out/2:g} Hz')
     if high is not None and high >= fs / 2: high = None               # the recording itself ends below that
     if high is None and fs_out < fs: high = .45 * fs_out
     if low is None and high is None: return np.ones(1)
@@ -57,7 +61,7 @@ def _piece(
         at += len(part)
     return made
 
-# %% ../../nbs/110_data.preprocess.ipynb #fe7dd181
+# %% ../../nbs/110_data.preprocess.ipynb #8ed433d7
 def filter_resample(
     x:np.ndarray,          # `(samples,)` or `(channels, samples)`; any numeric type, such as the integers of a file
     fs:float,              # Hz
@@ -68,6 +72,7 @@ def filter_resample(
 )->np.ndarray:             # float32, the same duration at `fs_out`
     "Band-passes and resamples in one pass, without delay (zero phase)."
     if np.ndim(x) > 1: return np.stack([filter_resample(o, fs, low, high, fs_out, gain) for o in x])
+    if not len(x): raise SleepnbError('there is no signal to filter', found='0 samples')
     ratio = Fraction(fs_out / fs).limit_denominator(10_000)
     up,down = ratio.numerator, ratio.denominator
     kernel = _kernel(fs, low, high, fs_out)
@@ -80,11 +85,12 @@ def filter_resample(
     x = np.asarray(x)
     shift = x[::64].mean() if low is not None else 0.                 # a filter only weakens a constant
     before,after = _ends(x[:margin+1], margin)[0], _ends(x[-margin-1:], margin)[1]
+    n_laid = len(before) + len(x) + len(after)
     made = np.empty(round(len(x) * fs_out / fs), np.float32)
     response = response[:n_out//2 + 1]                                # all that the new rate can hold
     for at in range(0, len(made), n_out - 2*rim):
         block = _piece([before, x, after], at * down // up, at * down // up + n_in)
-        block -= np.float32(shift)
+        block[:max(0, n_laid - at * down // up)] -= np.float32(shift)                 # not the zeros beyond the end
         spectrum = rfft(block, overwrite_x=True)[:len(response)]
         spectrum *= response
         y = irfft(spectrum, n_out, overwrite_x=True)[rim:n_out - rim][:len(made) - at]

@@ -113,8 +113,9 @@ def _check_records(
     more = f' and {rest} more bytes' if rest else ''
     return held, [f'the header declares {declared} data records, the file holds {held}{more}']
 
-# %% ../../nbs/100_data.psg.ipynb #4436e8ec
-_MICROVOLTS = {'uv': 1., 'µv': 1., 'μv': 1., 'microvolt': 1., 'mv': 1e3, 'millivolt': 1e3, 'v': 1e6, 'volt': 1e6, 'nv': 1e-3}
+# %% ../../nbs/100_data.psg.ipynb #570ddfbc
+_MICROVOLTS = {'uv': 1., 'µv': 1., 'μv': 1., 'microvolt': 1., 'mv': 1e3, 'millivolt': 1e3, 'v': 1e6, 'volt': 1e6, 'nv': 1e-3,
+               'âµv': 1.} # µV written in UTF-8
 
 _BROKEN = ValueError, ArithmeticError, LookupError, UnboundLocalError # what edfio raises on damaged headers
 
@@ -135,6 +136,9 @@ class _EdfSource:
                 raise RecordingError('the file cannot be read', where=self.where, found=str(error)) from error
         self.signals,self.duration = self.file.signals, records * head['seconds']
         self.names,self.fs = [s.label for s in self.signals], [float(s.sampling_frequency) for s in self.signals]
+        bare = [s.label for s in self.signals if not s.physical_dimension.strip() and unit is None and s.label.strip()]
+        if bare := [n for n in bare if parse_channel(n).modality is not Modality.OTHER]:
+            self.notes.append(f'no unit is given for {", ".join(bare)}: taken for microvolts')
         if 'DF+D' in self.file.reserved: _refuse_gaps(self.file, self.where)
         try: self.start = datetime.combine(self.file.startdate, self.file.starttime)
         except _BROKEN: # removed for privacy, or not a date
@@ -192,7 +196,7 @@ def _refuse_gaps(
         raise RecordingError('the recording has gaps (EDF+D)', where=where, expected='a continuous recording',
             remedy='Export it as EDF+C, with gaps filled, or as one file for each part.')
 
-# %% ../../nbs/100_data.psg.ipynb #b780fcb0
+# %% ../../nbs/100_data.psg.ipynb #b1bc730c
 class _RawSource:
     "Reads one channel at a time from an mne `Raw`."
     def __init__(self,
@@ -200,7 +204,7 @@ class _RawSource:
         where:str,
         unit:str|None, # overrides volts: for a `Raw` whose numbers are microvolts
     ):
-        self.raw,self.where,self.notes = raw, where, []
+        self.raw,self.where,self.notes,self.cut = raw, where, [], float(raw.first_time)
         self.names,self.fs = list(raw.ch_names), [float(raw.info['sfreq'])] * len(raw.ch_names)
         self.duration = len(raw.times) / raw.info['sfreq']
         self.start = raw.info['meas_date'] and raw.info['meas_date'].replace(tzinfo=None) + timedelta(seconds=raw.first_time)
@@ -208,8 +212,8 @@ class _RawSource:
 
     def events(self)->list[tuple]: # (onset in s, duration in s, text)
         notes = self.raw.annotations
-        shift = self.raw.first_time if notes.orig_time is not None else 0.
-        return [(float(o) - shift, float(d), str(t)) for o,d,t in zip(notes.onset, notes.duration, notes.description)]
+        return [(float(o - self.raw.first_time), float(d), str(t))
+                for o,d,t in zip(notes.onset, notes.duration, notes.description)]
 
     def read(self, i): return (self.raw.get_data(picks=[i])[0] * self.gain).astype(np.float32)
 
@@ -251,10 +255,10 @@ class Hypnogram:
     start:datetime|None=None
     notes:tuple=()        # what a reader should know
 
-# %% ../../nbs/100_data.psg.ipynb #e6e1025f
+# %% ../../nbs/100_data.psg.ipynb #d686c3a2
 _WORDS = {word: code for code,words in {
-    0: 'w wake', 1: 'n1 s1 nrem1 1', 2: 'n2 s2 nrem2 2', 3: 'n3 s3 nrem3 3 n4 s4 nrem4 4', 4: 'r rem',
-    -1: '? m mt movement unscored unknown art uns l n/a'}.items() for word in words.split()} | {'movement time': -1}
+    0: 'w wake awake', 1: 'n1 s1 nrem1 1', 2: 'n2 s2 nrem2 2', 3: 'n3 s3 nrem3 3 n4 s4 nrem4 4 sws', 4: 'r rem',
+    -1: '? m mt movement unscored unknown art uns l n/a'}.items() for word in words.split()} | {'movementtime': -1}
 NUMBERS = { # vocabulary → its number → stage code
     'sleepnb': {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, -1: -1},
     'yasa': {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, -1: -1, -2: -1},
@@ -266,10 +270,10 @@ def stage_of_word(
 )->int|None:       # stage code, −1 for unscored; `None` if it is not the name of a stage
     "The stage that a label names. A bare number names none, because its vocabulary is not known."
     word = text.strip().casefold().partition('|')[0]
-    stripped = re.sub(r'^(sleep )?stage\s+|\s+sleep$', '', word).strip()
+    stripped = re.sub(r'^(sleep[\s_-]*)?stage[\s_-]*|\s+sleep$', '', word)
     stripped = re.sub(r'^stage\s+', '', stripped)
     if stripped == word and re.fullmatch(r'[\d.+-]+', word): return None
-    return _WORDS.get(stripped)
+    return _WORDS.get(re.sub(r'[\s_-]', '', stripped) or stripped)
 
 # %% ../../nbs/100_data.psg.ipynb #b548b2f6
 def _stage(
@@ -292,7 +296,9 @@ def _stage(
                              expected=', '.join(map(str, NUMBERS[vocabulary])))
     return NUMBERS[vocabulary][number]
 
-# %% ../../nbs/100_data.psg.ipynb #599da85d
+# %% ../../nbs/100_data.psg.ipynb #a213f7c4
+_LIKE_A_STAGE = re.compile(r'\s*(\d|n?[\s_-]*rem.*|(sleep\s*)?stage.*|sleep[\s_-]*s?\d|s\d|(light|deep)\s*sleep)\s*', re.I)
+
 def _pieces(
     events:list[tuple], # (onset in s, duration in s or None, label), in any order
     where:str,
@@ -303,28 +309,32 @@ def _pieces(
     "Keeps the events that are stages."
     made,others = [], 0
     for onset,duration,label in sorted(events, key=lambda e: e[0]):
+        is_long = (duration or 0) >= 15                                   # a marker is a moment, a stage is not
+        looks = re.match(r'\s*sleep\s*stage\b', label, re.I) or (is_long and _LIKE_A_STAGE.fullmatch(label))
         stage = _stage(label, vocabulary, where) if only_stages else stage_of_word(label)
-        if stage is None and re.match(r'\s*sleep\s+stage\b', label, re.I): _stage(label.replace(' ', ''), vocabulary, where)
-        if stage is None: others += 1
-        else: made.append((onset, duration, stage))
-    if not made: raise HypnogramError('there are no sleep stages in this file', where=where, found=f'{others} other events')
+        if stage is None and looks: stage = _stage(label, vocabulary, where)   # calls itself a stage: understood or refused
+        if stage is None or (stage < 0 and not duration and not only_stages): others += 1
+        else: made.append((onset, duration or None, stage))
+    if not made:
+        raise HypnogramError('there are no sleep stages in this file', where=where,
+                             found=f'{others} other events' + ''.join(f', such as {e[2]!r}' for e in events[:1]))
     onset,duration,stage = (list(o) for o in zip(*made))
     ends = onset[1:] + [onset[-1] + EPOCH_SEC]
     duration = [end - at if d is None else d for at,d,end in zip(onset, duration, ends)]
     notes = (f'{others} events that are no stages',) if others else ()
     return Hypnogram(where, np.array(onset, float), np.array(duration, float), np.array(stage, np.int8), start, notes)
 
-# %% ../../nbs/100_data.psg.ipynb #bccf1bcf
+# %% ../../nbs/100_data.psg.ipynb #fd62e091
 def _from_edf(path, **kwargs):
     source = _EdfSource(path, None)
-    return _pieces(source.events(), str(path), source.start)
+    return _pieces(source.events(), str(path), source.start, vocabulary=kwargs['vocabulary'])
 
 def _from_lines(path, vocabulary, epoch_sec, **kwargs):
     "One stage per line, from the start of the recording."
-    lines = [(i, line.strip()) for i,line in enumerate(_text(path).splitlines(), 1) if line.strip()]
+    lines = [(i, line.strip()) for i,line in enumerate(_text(path).rstrip().splitlines(), 1)]
     if lines and lines[0][1].casefold() in ('stage', 'stages', 'hypnogram', 'hypno', 'sleep_stage'): lines = lines[1:]
     stages = [_stage(label, vocabulary, f'{path}, line {i}') for i,label in lines]
-    if not stages: raise HypnogramError('the file is empty', where=str(path), expected='one stage per line')
+    if not stages or not lines[0][1]: raise HypnogramError('the file is empty', where=str(path), expected='one stage per line')
     onset,duration = np.arange(len(stages)) * float(epoch_sec), np.full(len(stages), float(epoch_sec))
     return Hypnogram(str(path), onset, duration, np.array(stages, np.int8))
 
@@ -336,7 +346,7 @@ def _text(
         try: return raw.decode(encoding)
         except UnicodeDecodeError: pass
 
-# %% ../../nbs/100_data.psg.ipynb #cdbaf334
+# %% ../../nbs/100_data.psg.ipynb #6a1ddf4a
 _COLUMNS = ('stage', 'sleep_stage', 'trial_type', 'description', 'label', 'annotation', 'event', 'value')
 
 def _seconds(text, what, where):
@@ -350,13 +360,12 @@ def _columns(
     rows:list[list[str]],
     column:str|None,        # the column of stages, if it was named
     where:str,
-)->tuple[list[int], str]:   # numbers of the columns of onset, duration and stage; name of the last
+)->tuple[list[int], str]:   # numbers of the columns of onset, duration and stage; name of the last, empty without a header
     header = [o.strip().casefold() for o in rows[0]] if rows else []
-    is_bare = len(header) == 3 and 'onset' not in header and stage_of_word(header[0]) is not None
-    if is_bare: return [1, 2, 0], 'stage' # ANPHY-Sleep
+    if len(header) == 3 and 'onset' not in header and stage_of_word(header[0]) is not None: return [1, 2, 0], '' # ANPHY-Sleep
     if 'onset' not in header or 'duration' not in header:
         raise HypnogramError('this table has other columns', where=where, expected='onset, duration and stage',
-                             found=', '.join(header) or 'no rows')
+                             found=', '.join(header) or 'no rows', remedy='Rename the columns; onset is in seconds.')
     name = column.casefold() if column else next((c for c in _COLUMNS if c in header), None)
     if name not in header:
         raise HypnogramError('no column holds stages', where=where, expected=name or ', '.join(_COLUMNS),
@@ -364,20 +373,23 @@ def _columns(
     return [header.index(c) for c in ('onset', 'duration', name)], name
 
 def _from_table(path, vocabulary, column, **kwargs):
-    delimiter = ',' if path.suffix.casefold() == '.csv' else '\t'
-    rows = [row for row in csv.reader(_text(path).splitlines(), delimiter=delimiter) if row]
+    lines = _text(path).splitlines()
+    delimiter = next((o for o in '\t;,' if lines and o in lines[0]), ',') # some spreadsheets write semicolons
+    rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
     at,name = _columns(rows, column, str(path))
     events = []
-    for i,row in enumerate(rows[0 if at == [1, 2, 0] else 1:], 1):
+    only_stages = name in ('', 'stage', 'sleep_stage') or bool(column)
+    for i,row in enumerate(rows[bool(name):], 1):
         where = f'{path}, row {i}'
         if len(row) <= max(at):
             raise HypnogramError('a row is too short', where=where, expected=f'{max(at) + 1} columns', found=str(len(row)))
         onset,duration,label = (row[j].strip() for j in at)
-        if label.casefold() not in ('', 'n/a'):
+        passed_over = not only_stages and stage_of_word(label) is None and 'n/a' in (onset, duration)
+        if label.casefold() not in ('', 'n/a') and not passed_over:
             events.append((_seconds(onset, 'onset', where), _seconds(duration, 'duration', where), label))
-    return _pieces(events, str(path), only_stages=name in ('stage', 'sleep_stage') or bool(column), vocabulary=vocabulary)
+    return _pieces(events, str(path), only_stages=only_stages, vocabulary=vocabulary)
 
-# %% ../../nbs/100_data.psg.ipynb #c109e708
+# %% ../../nbs/100_data.psg.ipynb #8bb47d5b
 def _from_xml(path, **kwargs):
     try: root = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
@@ -411,47 +423,53 @@ def read_hypnogram(
     try: made = read(path, vocabulary=vocabulary, epoch_sec=epoch_sec, column=column)
     except RecordingError as error:
         raise HypnogramError(error.what, where=error.where, expected=error.expected, found=error.found) from error
-    _check_pieces(made)
     return made
 
 def _check_pieces(h:Hypnogram):
     if (bad := np.flatnonzero(~(h.duration >= 0))).size:
         raise HypnogramError('a stage has a negative duration', where=h.where,
                              found=f'{h.duration[bad[0]]:g} s at {h.onset[bad[0]]:g} s')
-    late = h.onset[:-1] + h.duration[:-1] - h.onset[1:]
-    if (bad := np.flatnonzero((late > 1e-3) & (h.stage[:-1] != h.stage[1:]))).size:
-        at = bad[0]
-        raise HypnogramError('two stages are given for the same time', where=h.where, remedy='Keep one scorer in the file.',
-            found=f'{h.stage[at]} and {h.stage[at+1]} at {h.onset[at+1]:g} s')
+    end,last = -np.inf, None                                              # the piece that lasts longest so far
+    for onset,duration,stage in zip(h.onset, h.duration, h.stage):
+        if stage < 0: continue                                            # unscored gives way to a stage
+        if onset < end - 1e-3 and stage != last:
+            raise HypnogramError('two stages are given for the same time', where=h.where,
+                found=f'{Stage(last).label} and {Stage(stage).label} at {onset:g} s', remedy='Keep one scorer in the file.')
+        if onset + duration > end: end,last = onset + duration, stage
 
-# %% ../../nbs/100_data.psg.ipynb #ab517e27
+# %% ../../nbs/100_data.psg.ipynb #2bafec7c
 def _shift(
     hypnogram:Hypnogram,
     start:datetime|None, # of the recording
 )->tuple[float, list[str]]: # seconds to add to the onsets, notes
     if hypnogram.start is None or start is None: return 0., []
-    seconds = (hypnogram.start - start).total_seconds()
-    if abs(seconds) <= 12*3600: return seconds, []
+    begun,start = hypnogram.start.replace(tzinfo=None), start.replace(tzinfo=None)
+    if begun == datetime(1985, 1, 1): return 0., ['the hypnogram has no start time: it is taken to start with the recording']
+    seconds = (begun - start).total_seconds()
+    if abs(seconds) <= 12*3600: return seconds, [f'the hypnogram starts {seconds:g} s after the recording'] * bool(seconds)
     clock = (seconds + 12*3600) % (24*3600) - 12*3600
-    return clock, [f'aligned by the time of day, for the dates differ: {start.date()}, scored {hypnogram.start.date()}']
+    return clock, [f'aligned by the time of day, for the dates differ: {start.date()}, scored {begun.date()}']
 
 def align(
     hypnogram:Hypnogram,
     duration:float,           # of the recording, seconds
     start:datetime|None=None, # of the recording
+    least_inside:float=.9,    # share of what is scored that must lie in the recording
 )->tuple[np.ndarray, float, list[str]]: # stages `(epochs,)`; seconds from the first sample to the first epoch; notes
     """Puts stages on the epochs of a recording, by time.
 
-    Raises `HypnogramError` when less than half of what is scored lies within the recording."""
+    Raises `HypnogramError` when two stages are given for the same time, or too little of what is scored lies in the
+    recording."""
+    _check_pieces(hypnogram)
     shift,notes = _shift(hypnogram, start)
     begin,end = hypnogram.onset + shift, hypnogram.onset + shift + hypnogram.duration
     scored = hypnogram.stage >= 0
     inside = np.clip(np.minimum(end, duration) - np.maximum(begin, 0), 0, None)
     total,kept = hypnogram.duration[scored].sum(), inside[scored].sum()
-    if kept < total / 2 or not kept:
+    if kept < least_inside * total or not kept:
         raise HypnogramError('the hypnogram does not belong to this recording', where=hypnogram.where,
             expected=f'stages between 0 and {duration:g} s of the recording', found=f'{begin.min():g} to {end.max():g} s',
-            remedy='Check the start times of both files.')
+            remedy='Check the start times of both files, and how long an epoch of the scorer is.')
     first = begin[scored][0] % EPOCH_SEC
     if EPOCH_SEC - first < 1e-3: first = 0.
     n = int((duration - first + 1e-3) // EPOCH_SEC)
@@ -472,7 +490,7 @@ def _share(begin, end, stage, n):
         share[k, s] += np.minimum(b, (k+1) * EPOCH_SEC) - np.maximum(a, k * EPOCH_SEC)
     return share
 
-# %% ../../nbs/100_data.psg.ipynb #cbe390b1
+# %% ../../nbs/100_data.psg.ipynb #2f782ee9
 @dataclass(frozen=True, repr=False)
 class Night:
     "One recording of one subject: signals at their own rates, and one stage per epoch."
@@ -489,12 +507,13 @@ class Night:
     notes:list[str]=field(default_factory=list) # what was left out, derived or assumed
 
     def __repr__(self):
-        counts = ', '.join(f'{s.label} {int((self.stages == s).sum())}' for s in Stage)
+        codes,numbers = np.unique(self.stages, return_counts=True)
+        counts = ', '.join(f'{n} unscored' if s < 0 else f'{Stage(s).label} {n}' for s,n in zip(codes, numbers))
         lines = [f'{Path(self.where).name or "night"}: {len(self.stages)} epochs ({counts})']
         lines += [f'  {c.name:10} {c.modality}  {fs:g} Hz' for c,fs in zip(self.channels, self.fs)]
         return '\n'.join(lines + [f'  note: {n}' for n in self.notes])
 
-# %% ../../nbs/100_data.psg.ipynb #2ac88915
+# %% ../../nbs/100_data.psg.ipynb #08be9cf3
 AMPLITUDES = .1, 2000. # µV, plausible standard deviation of EEG and EOG over an epoch
 
 def _check_amplitudes(
@@ -506,16 +525,18 @@ def _check_amplitudes(
         n = min(len(x), int(fs * EPOCH_SEC))
         epochs = x[:len(x)//n*n].reshape(-1, n) if n else np.zeros((1, 1))
         sd = float(np.median(epochs[::len(epochs)//100 + 1].std(1)))              # a hundred of them will do
-        outside.append(sd > 0 and not AMPLITUDES[0] <= sd <= AMPLITUDES[1])
-        if sd == 0: notes.append(f'{c.name} is flat')
-        elif outside[-1]: notes.append(f'{c.name} has an unlikely amplitude, {sd:.3g} µV')
+        if sd == 0:
+            notes.append(f'{c.name} is flat')
+            continue
+        outside.append(not AMPLITUDES[0] <= sd <= AMPLITUDES[1])
+        if outside[-1]: notes.append(f'{c.name} has an unlikely amplitude, {sd:.3g} µV')
     if outside and all(outside):
         raise RecordingError('the signals cannot be in microvolts', where=night.where, found='; '.join(notes),
             expected=f'standard deviations of {AMPLITUDES[0]:g} to {AMPLITUDES[1]:g} µV',
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #244ae3c8
+# %% ../../nbs/100_data.psg.ipynb #2f39dd0f
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
@@ -557,6 +578,7 @@ def read_night(
     aliases:dict[str, str]|None=None,  # the recording's own names → what they are
     unit:str|None=None,                # overrides the file's unit: `'uV'`, `'mV'` or `'V'`
     vocabulary:str|None=None,          # as for `read_hypnogram`
+    column:str|None=None,              # as for `read_hypnogram`
     cohort:str='', subject:str='', night:str='',
 )->Night:
     """Reads signals and stages of one night, aligned by time.
@@ -564,7 +586,7 @@ def read_night(
     Raises `RecordingError`, `MontageError` or `HypnogramError`, each with the file and what to do."""
     recording = open_recording(source, unit)
     channels,terms,notes,missing = _pick(recording, wanted, aliases)
-    stages,first,more = _stages(recording, hypnogram, vocabulary)
+    stages,first,more = _stages(recording, hypnogram, vocabulary, column)
     if not len(stages):
         raise RecordingError('the recording is shorter than one epoch', where=recording.where,
                              expected=f'{EPOCH_SEC} s or more', found=f'{recording.duration:g} s')
@@ -579,16 +601,21 @@ def read_night(
     made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes)
     return replace(made, notes=notes + _check_amplitudes(made))
 
-def _stages(recording, hypnogram, vocabulary):
+def _stages(recording, hypnogram, vocabulary, column):
     "Stages of the recording's epochs, from a file, from the recording itself, or none."
     found = None
     if isinstance(hypnogram, Hypnogram): found = hypnogram
-    elif hypnogram is not None: found = read_hypnogram(hypnogram, vocabulary)
+    elif hypnogram is not None: found = read_hypnogram(hypnogram, vocabulary, column=column)
     else:
-        events = recording.source.events()
-        if any(stage_of_word(e[2]) is not None for e in events): found = _pieces(events, recording.where, recording.start)
+        events = [e for e in recording.source.events() if e[1] or 'stage' in e[2].casefold()] # no mere markers
+        if any((stage_of_word(e[2]) or 0) >= 0 and stage_of_word(e[2]) is not None for e in events):
+            found = _pieces(events, recording.where, recording.start, vocabulary=vocabulary)
+    if found and found.start is None and (cut := getattr(recording.source, 'cut', 0)) and hypnogram is not None:
+        raise HypnogramError('stages without a start time cannot be put on a Raw that was cropped', where=found.where,
+            found=f'{cut:g} s were cut', remedy='Give the stages a start: replace(read_hypnogram(…), start=…).')
     if found:
-        stages,first,notes = align(found, recording.duration, recording.start)
+        least = .9 if isinstance(recording.source, _EdfSource) else 0.
+        stages,first,notes = align(found, recording.duration, recording.start, least)
         return stages, first, [*found.notes, *notes]
     n = int((recording.duration + 1e-3) // EPOCH_SEC)
     return np.full(n, UNSCORED, np.int8), 0., ['there is no hypnogram']

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RECIPES', 'STORED', 'FORMAT', 'Recipe', 'preprocess_night', 'Cohort', 'EpochStore', 'prepare']
 
-# %% ../../nbs/120_data.store.ipynb #597c474f
+# %% ../../nbs/120_data.store.ipynb #8e79fdd8
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from .preprocess import FS, crop_wake, filter_resample, hold, robust_stats, to_e
 from .psg import Night, read_night, sample_files
 from ..montage import parse_channel
 
-# %% ../../nbs/120_data.store.ipynb #45a76abd
+# %% ../../nbs/120_data.store.ipynb #9c969345
 @dataclass(frozen=True)
 class Recipe:
     "Pass bands in Hz, `(low, high)`, per modality."
@@ -48,10 +49,14 @@ def preprocess_night(
     "Filters, resamples, cuts and crops one night; channels that are missing are zeros."
     keep = crop_wake(night.stages, crop_wake_min) if crop_wake_min is not None else slice(0, len(night.stages))
     there = np.array([parse_channel(w).name not in night.missing for w in wanted])
+    if there.sum() != len(night.x):
+        raise SleepnbError('a night has other channels than its cohort wants', where=night.where,
+            expected=', '.join(wanted), found=', '.join(c.name for c in night.channels), remedy='Read it with wanted=.')
     made = np.zeros((keep.stop - keep.start, len(wanted), 3000), np.float32)
     for i,x,fs,c in zip(np.flatnonzero(there), night.x, night.fs, night.channels):
         low,high = getattr(recipe, c.modality.lower())
         y = hold(x, fs) if fs < 20 else filter_resample(x, fs, low, high)
+        if low is None and fs >= 20: y -= np.median(y)            # an offset would cost precision, and no model sees it
         made[:, i] = to_epochs(np.pad(y, (0, max(0, len(night.stages)*3000 - len(y)))))[keep]
     return made, there, keep
 
@@ -79,7 +84,7 @@ def _quantise(
     made['x'] = np.round(x / made['step'][..., None])
     return made
 
-# %% ../../nbs/120_data.store.ipynb #ec0799ae
+# %% ../../nbs/120_data.store.ipynb #d2d5e840
 def _write(
     path:Path,
     save:Callable, # writes to an open binary file
@@ -96,9 +101,10 @@ def _sweep(
     folder:Path,
 ):
     "Removes what processes that are no more had begun to write."
-    for temporary in folder.rglob('*.tmp'):
-        if os.name == 'nt': continue                    # Windows cannot be asked whether a process lives
-        try: os.kill(int(temporary.suffixes[-2][1:]), 0)
+    for temporary in [*folder.glob('*.tmp'), *(folder/'nights').glob('*.tmp')]:
+        ours = re.search(r'\.(npy|json)\.(\d+)\.tmp$', temporary.name)
+        if not ours or os.name == 'nt': continue        # Windows cannot be asked whether a process lives
+        try: os.kill(int(ours[2]), 0)
         except ProcessLookupError: temporary.unlink(missing_ok=True)
         except PermissionError: pass                    # it lives, and is somebody else's
 
@@ -109,10 +115,16 @@ def _checksum(
 )->str: # SHA-256
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+def _sources(
+    row:dict,      # of a cohort's nights
+)->list[Path]:     # the files that it names: recording, hypnogram
+    files = [Path(row[o]) for o in ('recording', 'hypnogram') if isinstance(row.get(o), (str, Path))]
+    return [o for o in files if o.is_file()]
+
 def _stages_as_text(stages:np.ndarray)->str: return ''.join(str(int(s) + 1) for s in stages) # 0 is unscored
 def _stages_from_text(text:str)->np.ndarray: return np.frombuffer(text.encode(), np.uint8).astype(np.int8) - 49
 
-# %% ../../nbs/120_data.store.ipynb #cbfd22ed
+# %% ../../nbs/120_data.store.ipynb #83af4df6
 def _prepare_night(
     cohort:Cohort,
     row:dict,          # of `cohort.nights`
@@ -126,18 +138,17 @@ def _prepare_night(
         x,there,keep = preprocess_night(night, cohort.wanted, recipe, cohort.crop_wake_min)
         median,scale = robust_stats(np.moveaxis(x, 1, 0).reshape(len(cohort.wanted), -1))
         _write(folder/f'{stem}.npy', lambda f: np.save(f, _quantise(x)))
-        files = [Path(row[o]) for o in ('recording', 'hypnogram') if isinstance(row.get(o), (str, Path))]
         _write_json(folder/f'{stem}.json', dict(subject=str(row['subject']), night=str(row['night']),
             first_epoch=keep.start, stages=_stages_as_text(night.stages[keep]), there=there.tolist(),
             median=median.round(4).tolist(), scale=scale.round(4).tolist(), start=night.start and night.start.isoformat(),
-            sources={o.name: _checksum(o) for o in files if o.is_file()}, notes=night.notes))
+            sources=[[o.name, _checksum(o)] for o in _sources(row)], notes=night.notes))
     except SleepnbError as error: return str(error)
     except Exception as error: return f'{stem}: {type(error).__name__}: {error}' # one bad file must not stop the others
 
 # %% ../../nbs/120_data.store.ipynb #e092b09a
 FORMAT = 1 # of stores; it changes when an older store can no longer be read
 
-# %% ../../nbs/120_data.store.ipynb #0721fcb8
+# %% ../../nbs/120_data.store.ipynb #d66011d5
 def _read_manifest(path:Path)->dict:
     try: found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -162,20 +173,35 @@ class EpochStore:
         path:str|Path,
         failed:dict|None=None, # night → why it could not be prepared
     ):
-        self.path,self.failed = Path(path), failed or {}
+        self.path,self.failed = Path(path).expanduser(), failed or {}
         self.manifest = _read_manifest(self.path/'manifest.json')
         records = [_read_record(p) for p in sorted((self.path/'nights').glob('*.json'))]
         if not records: raise StoreError('the store holds no night', where=self.path, remedy='Prepare one.')
         self.cohort,self.channels = self.manifest['cohort'], tuple(self.manifest['channels'])
         lengths = [len(r['stages']) for r in records]
         self.nights = pd.DataFrame(dict(cohort=self.cohort, subject=[r['subject'] for r in records],
-            night=[r['night'] for r in records], epochs=lengths, file=[r['file'].name for r in records]))
+            night=[r['night'] for r in records], epochs=lengths, file=[r['file'].name for r in records],
+            notes=['; '.join(r['notes']) for r in records]))
         self.night_of = np.repeat(np.arange(len(records), dtype=np.int32), lengths)  # row of `nights`, per epoch
         self.epoch = np.concatenate([np.arange(n, dtype=np.int16) + r['first_epoch'] for n,r in zip(lengths, records)])
         self.stages = np.concatenate([r['stages'] for r in records])                 # stage codes, per epoch
         self.first_row = np.cumsum([0, *lengths[:-1]])                               # of each night
         self.there,self.median,self.scale = (np.array([r[o] for r in records]) for o in ('there', 'median', 'scale'))
-        self._places = {}                                                            # of nights that were read before
+        self._places = {}                                                            # of the nights' signals
+        for i in range(len(records)): self.place(i)                                  # all there and whole?
+        self.recordings = {r['sources'][0][1]: r['subject'] for r in records if r['sources']} # checksum → subject
+        self._check_twins(records)
+
+    def _check_twins(self, records):
+        "One recording under two names would be in two parts of a split."
+        first = {}
+        for r in records:
+            if not r['sources']: continue
+            name,checksum = r['sources'][0]
+            twin = first.setdefault(checksum, r)
+            if twin is not r:
+                raise StoreError('the same recording is there twice', where=self.path, remedy='Delete one of the two nights.',
+                    found=f'{twin["sources"][0][0]} of subject {twin["subject"]}, {name} of subject {r["subject"]}')
 
     def __len__(self): return len(self.stages)
 
@@ -220,17 +246,19 @@ class EpochStore:
             with open(file, 'rb', buffering=0) as f:
                 for k in at:
                     f.seek(begin + int(rows[k] - self.first_row[i]) * one.nbytes)
-                    f.readinto(one.view(np.uint8))
+                    if f.readinto(one.view(np.uint8)) != one.nbytes:
+                        raise StoreError('the signals of a night were cut off', where=file, remedy='Prepare it again.')
                     np.multiply(one['x'], one['step'][:, None], out=made[k])
         return made
 
     def __repr__(self):
-        counts = ', '.join(f'{s.label} {int((self.stages == s).sum())}' for s in Stage)
+        codes,numbers = np.unique(self.stages, return_counts=True)
+        counts = ', '.join(f'{n} unscored' if s < 0 else f'{Stage(s).label} {n}' for s,n in zip(codes, numbers))
         failed = f'; {len(self.failed)} nights failed' if self.failed else ''
         return (f'{self.cohort}: {len(self.nights)} nights of {self.nights.subject.nunique()} subjects, '
                 f'{len(self)} epochs ({counts}), channels {", ".join(self.channels)}{failed}')
 
-# %% ../../nbs/120_data.store.ipynb #21adc08c
+# %% ../../nbs/120_data.store.ipynb #9a6ea2d2
 def _manifest(cohort:Cohort, recipe:Recipe)->dict:
     decides = dict(format=FORMAT, cohort=cohort.name, channels=list(cohort.wanted), fs=FS, crop_wake_min=cohort.crop_wake_min,
                    options=cohort.options or {}, recipe=asdict(recipe))
@@ -244,12 +272,14 @@ def _claim(
     manifest:dict,
 ):
     "Makes the folder this cohort's store, or checks that it is."
-    (folder/'nights').mkdir(parents=True, exist_ok=True)
     path = folder/'manifest.json'
     if not path.exists():
-        if any((folder/'nights').glob('*.json')):
-            raise StoreError('the manifest is gone, but nights are there', where=folder, remedy='Prepare into another folder.')
-        return _write_json(path, manifest)
+        others = [p.name for p in folder.iterdir() if p.name != 'nights' and p.suffix != '.tmp'] if folder.exists() else []
+        if others or any((folder/'nights').glob('*.json')):
+            raise StoreError('this folder is not empty, and no store', where=folder, found=', '.join(others[:5]) or 'nights',
+                             remedy='Prepare into a new folder.')
+    (folder/'nights').mkdir(parents=True, exist_ok=True)
+    if not path.exists(): return _write_json(path, manifest)
     found = _read_manifest(path)
     differ = [k for k in manifest if k not in ('id', 'versions') and manifest[k] != found.get(k)]
     if differ:
@@ -262,7 +292,23 @@ def _stem(row:dict)->str:
     safe = ''.join(c if c.isascii() and (c.isalnum() or c in '-_') else '-' for c in text)
     return f'{safe}-{hashlib.sha256(json.dumps([str(row["subject"]), str(row["night"])]).encode()).hexdigest()[:6]}'
 
-# %% ../../nbs/120_data.store.ipynb #cc6bcbcc
+# %% ../../nbs/120_data.store.ipynb #99f21ffe
+def _is_done(
+    cohort:Cohort,
+    row:dict,
+    folder:Path,
+    stem:str,
+)->bool:
+    "Is this night there and whole? Raises `StoreError` when it was prepared from other files."
+    record,array = folder/f'{stem}.json', folder/f'{stem}.npy'
+    if not record.exists() or not array.exists(): return False
+    found = _read_record(record)
+    names = [o.name for o in _sources(row)]
+    if names != [name for name,_ in found['sources']]:
+        raise StoreError('this night was prepared from other files', where=record, expected=', '.join(names),
+                         found=', '.join(name for name,_ in found['sources']), remedy='Prepare into another folder.')
+    return array.stat().st_size > len(found['stages']) * len(cohort.wanted) * STORED.itemsize
+
 def prepare(
     cohort:Cohort,
     store:str|Path,              # folder; made if it does not exist, continued if it does
@@ -277,14 +323,16 @@ def prepare(
     recipe = RECIPES.get(recipe, recipe) if isinstance(recipe, str) else recipe
     if not isinstance(recipe, Recipe):
         raise StoreError('there is no such recipe', found=repr(recipe), expected=', '.join(RECIPES))
-    folder,rows = Path(store), cohort.nights.to_dict('records')
+    if not isinstance(cohort, Cohort):
+        raise StoreError('only a cohort can be prepared', found=type(cohort).__name__, remedy='Make one, e.g. by plain_folder.')
+    folder,rows = Path(store).expanduser(), cohort.nights.to_dict('records')
     stems = [_stem(row) for row in rows]
     if not rows or len(set(stems)) < len(stems):
         raise StoreError('each night of a cohort must be there once', where=cohort.name,
                          found=f'{len(rows)} rows, {len(set(stems))} nights')
     _claim(folder, _manifest(cohort, recipe))
     _sweep(folder)
-    todo = [(row, stem) for row,stem in zip(rows, stems) if not (folder/'nights'/f'{stem}.json').exists()]
+    todo = [(row, stem) for row,stem in zip(rows, stems) if not _is_done(cohort, row, folder/'nights', stem)]
     tasks = (delayed(_prepare_night)(cohort, row, recipe, folder/'nights', stem) for row,stem in todo)
     bar = tqdm(total=len(todo), desc=f'preparing {cohort.name}', unit='night', disable=not progress or not todo)
     results = []
