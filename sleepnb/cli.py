@@ -46,7 +46,7 @@ def main():
         typer.echo(f'sleepnb: {text}', err=True)
         sys.exit(2)
 
-# %% ../nbs/640_cli.ipynb #b17e0ec5
+# %% ../nbs/640_cli.ipynb #d17fd86a
 _RECORDINGS = { # dataset → channel names as stored
     'Sleep-EDF': 'EEG Fpz-Cz, EEG Pz-Oz, EOG horizontal, Resp oro-nasal, EMG submental, Temp rectal',
     'ISRUC, subject 40': 'ROC, A1, LOC, A2, C4, O2, C3, O1, F4, F3, X1, X2, X3, DC3, DC8, SaO2',
@@ -61,7 +61,7 @@ def _draw_montage(ax, dataset, found):
     plot_montage(there.got, ax, dataset)
     scalp,rest = there[there.modality == 'EEG'], there[there.modality != 'EEG']
     lines = [f'{r.got}  from  {r.details}' for r in [*scalp.head(2).itertuples(), *rest.itertuples()]]
-    ax.text(.5, -.02, '\n'.join(lines), transform=ax.transAxes, ha='center', va='top', fontsize=8)
+    ax.text(.5, -.1, '\n'.join(lines), transform=ax.transAxes, ha='center', va='top', fontsize=8)
 
 @app.command()
 def demo(

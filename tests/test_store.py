@@ -92,6 +92,8 @@ def test_failed_nights_are_reported_and_the_rest_goes_on(tmp_path):
     assert sorted(store.nights.subject) == ['a', 'b'] and len(store.failed) == 2
     assert any('broken.edf: the file is damaged' in o for o in store.failed.values())
     assert any('ZeroDivisionError: a mistake in a reader' in o for o in store.failed.values())
+    assert EpochStore(tmp_path/'s').failed == store.failed and '2 nights failed' in repr(EpochStore(tmp_path/'s'))
+    assert prepare(cohort(['a', 'b']), tmp_path/'s', progress=False).failed == {}
     with pytest.raises(StoreError, match='no night could be prepared'): prepare(cohort(['broken']), tmp_path/'t', progress=False)
 
 @pytest.mark.parametrize('change,what', [

@@ -265,7 +265,7 @@ def show_batch(
         ax.spines[['top', 'right']].set_visible(False)
     for ax in axes[-1]: ax.set_xlabel('seconds')
 
-# %% ../../nbs/150_data.loaders.ipynb #aa72b818
+# %% ../../nbs/150_data.loaders.ipynb #d68ef96a
 def _check(stores, rows, labelled, mix, modalities):
     if mix not in MIXES:
         raise StoreError('mix is a way to compose batches', expected=' or '.join(MIXES), found=repr(mix))
@@ -325,7 +325,7 @@ class EpochLoader(DataLoader):
     def before_iter(self):
         self._pass,self._skip = self._next
         self._order = self.order(self._pass)
-        if self.shuffle: self._next = self._pass + 1,0
+        self._next = self._pass + bool(self.shuffle),0
 
     def get_idxs(self): return range(self._skip*self.bs, self.n)
 

@@ -148,7 +148,7 @@ def _prepare_night(
 # %% ../../nbs/120_data.store.ipynb #e092b09a
 FORMAT = 1 # of stores; it changes when an older store can no longer be read
 
-# %% ../../nbs/120_data.store.ipynb #d66011d5
+# %% ../../nbs/120_data.store.ipynb #c75e843d
 def _read_manifest(path:Path)->dict:
     try: found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -171,9 +171,10 @@ class EpochStore:
     "The epochs of prepared nights, read from disk when they are asked for."
     def __init__(self,
         path:str|Path,
-        failed:dict|None=None, # night → why it could not be prepared
     ):
-        self.path,self.failed = Path(path).expanduser(), failed or {}
+        self.path = Path(path).expanduser()
+        failed = self.path/'failed.json'
+        self.failed = json.loads(failed.read_text()) if failed.exists() else {}       # night → why it is not here
         self.manifest = _read_manifest(self.path/'manifest.json')
         records = [_read_record(p) for p in sorted((self.path/'nights').glob('*.json'))]
         if not records: raise StoreError('the store holds no night', where=self.path, remedy='Prepare one.')
@@ -292,7 +293,7 @@ def _stem(row:dict)->str:
     safe = ''.join(c if c.isascii() and (c.isalnum() or c in '-_') else '-' for c in text)
     return f'{safe}-{hashlib.sha256(json.dumps([str(row["subject"]), str(row["night"])]).encode()).hexdigest()[:6]}'
 
-# %% ../../nbs/120_data.store.ipynb #99f21ffe
+# %% ../../nbs/120_data.store.ipynb #84ee2c5e
 def _is_done(
     cohort:Cohort,
     row:dict,
@@ -341,6 +342,8 @@ def prepare(
         bar.update()
     bar.close()
     failed = {stem: why for (_,stem),why in zip(todo, results) if why}
+    if failed: _write_json(folder/'failed.json', failed)      # for whoever opens the store later
+    else: (folder/'failed.json').unlink(missing_ok=True)
     if failed and len(failed) == len(rows):
         raise StoreError('no night could be prepared', where=folder, found=next(iter(failed.values())))
-    return EpochStore(folder, failed)
+    return EpochStore(folder)
