@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from sleepnb.core import Modality, MontageError
-from sleepnb.montage import AASM, ALIASES, POSITIONS, SYNONYMS, parse_channel, resolve_montage
+from sleepnb.montage import ALIASES, POSITIONS, SYNONYMS, parse_channel, resolve_montage
 
 ROWS = list(csv.DictReader(Path(__file__).with_name('channel_names.csv').open()))
 

@@ -1,15 +1,14 @@
 """Reading nights: a real one whole, every kind of hypnogram file, and two thousand damaged inputs."""
 import datetime
-from pathlib import Path
 
 import mne
 import numpy as np
 import pytest
-from edfio import Bdf, BdfSignal, Edf, EdfAnnotation, EdfSignal, read_edf
+from edfio import Bdf, BdfSignal, Edf, EdfAnnotation, EdfSignal
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from sleepnb.core import EPOCH_SEC, HypnogramError, RecordingError, SleepnbError, Stage
-from sleepnb.data.psg import AMPLITUDES, NUMBERS, align, open_recording, read_hypnogram, read_night, sample_files, stage_of_word
+from sleepnb.data.psg import NUMBERS, align, open_recording, read_hypnogram, read_night, sample_files, stage_of_word
 
 RNG = np.random.default_rng(0)
 TRUTH = np.array([0, 1, 2, 3, 4, 2, 0, 0], np.int8)

@@ -9,7 +9,7 @@ import pytest
 from sleepnb.core import RecordingError, StoreError
 from sleepnb.data.preprocess import filter_resample, to_epochs
 from sleepnb.data.psg import Night, read_night, sample_files
-from sleepnb.data.store import RECIPES, Cohort, EpochStore, Recipe, prepare
+from sleepnb.data.store import Cohort, EpochStore, prepare
 from sleepnb.montage import parse_channel
 from sleepnb.synth import synth_night
 
@@ -112,11 +112,11 @@ def test_every_epoch_comes_back(tmp_path):
     assert len(store) == 16 and store.nights.file.is_unique
     rows = np.random.default_rng(0).permutation(16).repeat(2)
     x,epochs = store.read(rows), store.epochs
-    for row,signal in zip(rows, x):
+    for row,one in zip(rows, x):
         of = epochs.iloc[row]
         night = read_synth(dict(subject=of.subject, night=1, epochs=int(store.nights.set_index('subject').epochs[of.subject])))
         truth = to_epochs(filter_resample(night.x[0], 100))[of.epoch]
-        assert np.abs(signal[0] - truth).max() <= np.abs(truth).max() / 32767 and not signal[1].any()
+        assert np.abs(one[0] - truth).max() <= np.abs(truth).max() / 32767 and not one[1].any()
         assert night.stages[of.epoch] == of.stage
 
 def test_statistics_and_checksums(tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['MIXES', 'Stores', 'batch_order', 'Neighbours', 'draw_triplets', 'draw_pairs', 'show_batch', 'EpochLoader', 'rows_of',
            'labelled_loaders', 'pretraining_loaders']
 
-# %% ../../nbs/150_data.loaders.ipynb #594dbf1e
+# %% ../../nbs/150_data.loaders.ipynb #97f70a99
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 
-from ..core import UNSCORED, Modality, SplitError, Stage, StoreError, rng
+from ..core import UNSCORED, SplitError, Stage, StoreError, rng
 from .splits import Split, check_no_leak, holdout_split, label_budget
 from .store import EpochStore
 from ..montage import parse_channel

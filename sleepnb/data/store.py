@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'STORED', 'FORMAT', 'Recipe', 'preprocess_night', 'Cohort', 'EpochStore', 'prepare']
 
-# %% ../../nbs/120_data.store.ipynb #8e79fdd8
+# %% ../../nbs/120_data.store.ipynb #8971253f
 import hashlib
 import json
 import os
@@ -20,9 +20,9 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from ..core import Modality, SleepnbError, Stage, StoreError
+from ..core import SleepnbError, Stage, StoreError
 from .preprocess import FS, crop_wake, filter_resample, hold, robust_stats, to_epochs
-from .psg import Night, read_night, sample_files
+from .psg import Night
 from ..montage import parse_channel
 
 # %% ../../nbs/120_data.store.ipynb #9c969345
