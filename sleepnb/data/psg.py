@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'AMPLITUDES', 'sample_files', 'Recording', 'open_recording', 'Hypnogram', 'stage_of_word', 'read_hypnogram',
-           'align', 'Night', 'read_night']
+           'align', 'counts_as_text', 'Night', 'read_night']
 
 # %% ../../nbs/100_data.psg.ipynb #d3f6b696
 import csv
@@ -389,7 +389,7 @@ def _from_table(path, vocabulary, column, **kwargs):
             events.append((_seconds(onset, 'onset', where), _seconds(duration, 'duration', where), label))
     return _pieces(events, str(path), only_stages=only_stages, vocabulary=vocabulary)
 
-# %% ../../nbs/100_data.psg.ipynb #8bb47d5b
+# %% ../../nbs/100_data.psg.ipynb #decebb4a
 def _from_xml(path, **kwargs):
     try: root = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
@@ -411,7 +411,7 @@ def read_hypnogram(
 )->Hypnogram:
     """Reads stages from EDF+, XML (Profusion, NSRR), tables (BIDS, CSV, ANPHY-Sleep) or lines (ISRUC, YASA).
 
-    Raises `HypnogramError` for an unknown stage, pieces that overlap, or a file that is none of these."""
+    Raises `HypnogramError` for an unknown stage, or a file that is none of these."""
     path = Path(path)
     if not path.is_file(): raise HypnogramError('there is no such file', where=str(path))
     with path.open('rb') as f: magic,head = f.read(8), f.read(2000)
@@ -420,10 +420,9 @@ def read_hypnogram(
     elif suffix == '.xml': read = _from_xml
     elif suffix in ('.csv', '.tsv') or b'\t' in magic + head: read = _from_table
     else: read = _from_lines
-    try: made = read(path, vocabulary=vocabulary, epoch_sec=epoch_sec, column=column)
+    try: return read(path, vocabulary=vocabulary, epoch_sec=epoch_sec, column=column)
     except RecordingError as error:
         raise HypnogramError(error.what, where=error.where, expected=error.expected, found=error.found) from error
-    return made
 
 def _check_pieces(h:Hypnogram):
     if (bad := np.flatnonzero(~(h.duration >= 0))).size:
@@ -490,7 +489,14 @@ def _share(begin, end, stage, n):
         share[k, s] += np.minimum(b, (k+1) * EPOCH_SEC) - np.maximum(a, k * EPOCH_SEC)
     return share
 
-# %% ../../nbs/100_data.psg.ipynb #2f782ee9
+# %% ../../nbs/100_data.psg.ipynb #c19f1b81
+def counts_as_text(
+    stages:np.ndarray, # stage codes, −1 for unscored
+)->str:                # such as `3 unscored, W 20, N2 7`
+    "How often each stage occurs, for people."
+    codes,numbers = np.unique(stages, return_counts=True)
+    return ', '.join(f'{n} unscored' if s < 0 else f'{Stage(s).label} {n}' for s,n in zip(codes, numbers))
+
 @dataclass(frozen=True, repr=False)
 class Night:
     "One recording of one subject: signals at their own rates, and one stage per epoch."
@@ -507,9 +513,7 @@ class Night:
     notes:list[str]=field(default_factory=list) # what was left out, derived or assumed
 
     def __repr__(self):
-        codes,numbers = np.unique(self.stages, return_counts=True)
-        counts = ', '.join(f'{n} unscored' if s < 0 else f'{Stage(s).label} {n}' for s,n in zip(codes, numbers))
-        lines = [f'{Path(self.where).name or "night"}: {len(self.stages)} epochs ({counts})']
+        lines = [f'{Path(self.where).name or "night"}: {len(self.stages)} epochs ({counts_as_text(self.stages)})']
         lines += [f'  {c.name:10} {c.modality}  {fs:g} Hz' for c,fs in zip(self.channels, self.fs)]
         return '\n'.join(lines + [f'  note: {n}' for n in self.notes])
 
@@ -536,7 +540,7 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #2f39dd0f
+# %% ../../nbs/100_data.psg.ipynb #1d4c45ab
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
@@ -608,7 +612,7 @@ def _stages(recording, hypnogram, vocabulary, column):
     elif hypnogram is not None: found = read_hypnogram(hypnogram, vocabulary, column=column)
     else:
         events = [e for e in recording.source.events() if e[1] or 'stage' in e[2].casefold()] # no mere markers
-        if any((stage_of_word(e[2]) or 0) >= 0 and stage_of_word(e[2]) is not None for e in events):
+        if any(stage_of_word(e[2]) in [*Stage] for e in events):
             found = _pieces(events, recording.where, recording.start, vocabulary=vocabulary)
     if found and found.start is None and (cut := getattr(recording.source, 'cut', 0)) and hypnogram is not None:
         raise HypnogramError('stages without a start time cannot be put on a Raw that was cropped', where=found.where,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'STORED', 'FORMAT', 'Recipe', 'preprocess_night', 'Cohort', 'EpochStore', 'prepare']
 
-# %% ../../nbs/120_data.store.ipynb #8971253f
+# %% ../../nbs/120_data.store.ipynb #8473f692
 import hashlib
 import json
 import os
@@ -20,9 +20,9 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from ..core import SleepnbError, Stage, StoreError
+from ..core import SleepnbError, StoreError
 from .preprocess import FS, crop_wake, filter_resample, hold, robust_stats, to_epochs
-from .psg import Night
+from .psg import Night, counts_as_text
 from ..montage import parse_channel
 
 # %% ../../nbs/120_data.store.ipynb #9c969345
@@ -148,7 +148,7 @@ def _prepare_night(
 # %% ../../nbs/120_data.store.ipynb #e092b09a
 FORMAT = 1 # of stores; it changes when an older store can no longer be read
 
-# %% ../../nbs/120_data.store.ipynb #c75e843d
+# %% ../../nbs/120_data.store.ipynb #fc561fc7
 def _read_manifest(path:Path)->dict:
     try: found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -253,11 +253,9 @@ class EpochStore:
         return made
 
     def __repr__(self):
-        codes,numbers = np.unique(self.stages, return_counts=True)
-        counts = ', '.join(f'{n} unscored' if s < 0 else f'{Stage(s).label} {n}' for s,n in zip(codes, numbers))
         failed = f'; {len(self.failed)} nights failed' if self.failed else ''
         return (f'{self.cohort}: {len(self.nights)} nights of {self.nights.subject.nunique()} subjects, '
-                f'{len(self)} epochs ({counts}), channels {", ".join(self.channels)}{failed}')
+                f'{len(self)} epochs ({counts_as_text(self.stages)}), channels {", ".join(self.channels)}{failed}')
 
 # %% ../../nbs/120_data.store.ipynb #9a6ea2d2
 def _manifest(cohort:Cohort, recipe:Recipe)->dict:
