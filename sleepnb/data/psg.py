@@ -6,13 +6,13 @@
 __all__ = ['NUMBERS', 'AMPLITUDES', 'sample_files', 'Recording', 'open_recording', 'Hypnogram', 'stage_of_word', 'read_hypnogram',
            'align', 'counts_as_text', 'Night', 'read_night']
 
-# %% ../../nbs/100_data.psg.ipynb #d3f6b696
+# %% ../../nbs/100_data.psg.ipynb #775a7366
 import csv
 import re
 import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime, time, timedelta
 from importlib import resources
 from pathlib import Path
 
@@ -52,10 +52,9 @@ class Recording:
                 expected='numbers', found=f'{bad} of {len(x)}', remedy='Export it again, with gaps filled or cut out.')
         return x
 
-# %% ../../nbs/100_data.psg.ipynb #b338fad7
+# %% ../../nbs/100_data.psg.ipynb #a1129bb6
 _EDF,_BDF = b'0       ', b'\xffBIOSEMI'
-_FIELDS = (('label', 16), ('transducer', 80), ('unit', 8), ('physical minimum', 8), ('physical maximum', 8),
-           ('digital minimum', 8), ('digital maximum', 8), ('prefiltering', 80), ('samples per record', 8), ('reserved', 32))
+_TO_SAMPLES = 16 + 80 + 5*8 + 80 # bytes per channel before "samples per record": label, transducer, unit, ranges, filters
 
 def _number(
     raw:bytes,  # a field of the header
@@ -70,10 +69,10 @@ def _number(
                              remedy='The file is damaged, or is not EDF: export it again.')
     return value
 
-# %% ../../nbs/100_data.psg.ipynb #33422855
+# %% ../../nbs/100_data.psg.ipynb #ad901581
 def _edf_header(
     path:Path,
-)->dict:  # record count, seconds per record and bytes per record as declared, bytes of header, fields of each channel
+)->dict:  # record count, seconds per record and bytes per record as declared, bytes of header
     "Reads the header of an EDF or BDF file apart from its reader, and refuses what cannot be right."
     where = str(path)
     def refuse(what, expected, found):
@@ -87,17 +86,14 @@ def _edf_header(
         if size != 256 * (n+1): refuse('the header has the wrong length', f'{256 * (n+1)} bytes for {n} channels', size)
         rest = f.read(256 * n)
         if len(rest) < 256 * n: refuse('the file ends within its header', f'{size} bytes', f'{256 + len(rest)} bytes')
-    fields,at = {}, 0
-    for name,width in _FIELDS:
-        fields[name] = [rest[at + width*i:at + width*(i+1)] for i in range(n)]
-        at += width * n
-    per_record = [_number(o, 'samples per record', where, int) for o in fields['samples per record']]
+    starts = [_TO_SAMPLES*n + 8*i for i in range(n)]                    # each field is there for all channels, then the next
+    per_record = [_number(rest[at:at + 8], 'samples per record', where, int) for at in starts]
     records = _number(head[236:244], 'number of records', where, int)
     seconds = _number(head[244:252], 'seconds per record', where)
     if min(per_record) < 0 or not sum(per_record): refuse('samples per record cannot be right', 'at least 1', per_record)
     if seconds < 0: refuse('the seconds per record cannot be right', 'a positive number', seconds)
     width = 3 if head[:8] == _BDF else 2
-    return dict(records=records, seconds=seconds, record_bytes=width * sum(per_record), header_bytes=size, fields=fields)
+    return dict(records=records, seconds=seconds, record_bytes=width * sum(per_record), header_bytes=size)
 
 # %% ../../nbs/100_data.psg.ipynb #a2c7cd25
 def _check_records(
@@ -196,7 +192,9 @@ def _refuse_gaps(
         raise RecordingError('the recording has gaps (EDF+D)', where=where, expected='a continuous recording',
             remedy='Export it as EDF+C, with gaps filled, or as one file for each part.')
 
-# %% ../../nbs/100_data.psg.ipynb #b1bc730c
+# %% ../../nbs/100_data.psg.ipynb #58db043b
+_VOLT = 107 # mne's code for a channel in volts
+
 class _RawSource:
     "Reads one channel at a time from an mne `Raw`."
     def __init__(self,
@@ -208,14 +206,22 @@ class _RawSource:
         self.names,self.fs = list(raw.ch_names), [float(raw.info['sfreq'])] * len(raw.ch_names)
         self.duration = len(raw.times) / raw.info['sfreq']
         self.start = raw.info['meas_date'] and raw.info['meas_date'].replace(tzinfo=None) + timedelta(seconds=raw.first_time)
-        self.gain = _MICROVOLTS[(unit or 'V').casefold()]
+        self.unit = unit
+
+    def _microvolts(self, i):
+        if self.unit is None and int(self.raw.info['chs'][i]['unit']) != _VOLT:
+            name = self.names[i]
+            raise RecordingError(f'channel {name!r} is not in volts, as mne has it', where=self.where, expected='volts',
+                found=f'mne type {self.raw.get_channel_types([i])[0]!r}', remedy=f'If its numbers are volts, say so by '
+                f'raw.set_channel_types({{{name!r}: "eeg"}}); or give unit=, or leave the channel out with wanted=.')
+        return _MICROVOLTS[(self.unit or 'V').casefold()]
 
     def events(self)->list[tuple]: # (onset in s, duration in s, text)
         notes = self.raw.annotations
         return [(float(o - self.raw.first_time), float(d), str(t))
                 for o,d,t in zip(notes.onset, notes.duration, notes.description)]
 
-    def read(self, i): return (self.raw.get_data(picks=[i])[0] * self.gain).astype(np.float32)
+    def read(self, i): return (self.raw.get_data(picks=[i])[0] * self._microvolts(i)).astype(np.float32)
 
 def _read_raw(
     path:Path,
@@ -224,9 +230,18 @@ def _read_raw(
     try: return mne.io.read_raw(path, preload=False, verbose='error')
     except Exception as error: # whatever mne or the reader of the format raises
         raise RecordingError('the file cannot be read', where=str(path), found=f'{type(error).__name__}: {error}',
-                             expected='a format that mne reads, such as EDF, BDF or FIF') from error
+            expected='a format that mne reads, such as EDF, BDF or FIF', remedy=_SECOND * _is_text(path)) from error
 
-# %% ../../nbs/100_data.psg.ipynb #b2fdb549
+_SECOND = 'If this is the hypnogram, it comes second: read_night(recording, hypnogram).'
+def _is_text(path:Path)->bool: return path.suffix.casefold() in ('.csv', '.tsv', '.txt', '.xml')
+
+def _check_file(path:Path, kind):
+    "Raises `kind` when there is no such file."
+    if path.is_dir():
+        raise kind('this is a folder, not a file', where=str(path), remedy='Name a file; a whole folder is read as a cohort.')
+    if not path.is_file(): raise kind('there is no such file', where=str(path))
+
+# %% ../../nbs/100_data.psg.ipynb #aea87b40
 def open_recording(
     source:str|Path,      # a file, or an mne `Raw`
     unit:str|None=None,   # `'uV'`, `'mV'` or `'V'` overrides what the file says of all its channels
@@ -236,15 +251,18 @@ def open_recording(
     Raises `RecordingError` for a file that is missing, damaged, cut off or has gaps."""
     if unit is not None and unit.casefold() not in _MICROVOLTS:
         raise RecordingError('this unit is not known', expected='uV, mV or V', found=repr(unit))
-    if not isinstance(source, (str, Path)): made = _RawSource(source, 'the Raw object', unit)
+    if not isinstance(source, (str, Path)):
+        if not hasattr(source, 'first_time'):
+            raise RecordingError('this is no recording', expected='a path or an mne Raw', found=type(source).__name__)
+        made = _RawSource(source, 'the Raw object', unit)
     else:
-        path = Path(source)
-        if not path.is_file(): raise RecordingError('there is no such file', where=str(path))
+        path = Path(source).expanduser()
+        _check_file(path, RecordingError)
         with path.open('rb') as f: magic = f.read(8)
         made = _EdfSource(path, unit) if magic in (_EDF, _BDF) else _RawSource(_read_raw(path), str(path), unit)
     return Recording(made.where, made.names, made.fs, made.start, made.duration, made.notes, made)
 
-# %% ../../nbs/100_data.psg.ipynb #ea8d0018
+# %% ../../nbs/100_data.psg.ipynb #0ebc0def
 @dataclass(frozen=True)
 class Hypnogram:
     "Scored pieces of time, in the order of time."
@@ -252,10 +270,10 @@ class Hypnogram:
     onset:np.ndarray      # `(pieces,)`, seconds after `start`, or after the recording's start where `start` is `None`
     duration:np.ndarray   # `(pieces,)`, seconds
     stage:np.ndarray      # `(pieces,)`, stage codes, −1 for unscored
-    start:datetime|None=None
+    start:datetime|time|None=None # a time of day, where no date is given
     notes:tuple=()        # what a reader should know
 
-# %% ../../nbs/100_data.psg.ipynb #d686c3a2
+# %% ../../nbs/100_data.psg.ipynb #ea988179
 _WORDS = {word: code for code,words in {
     0: 'w wake awake', 1: 'n1 s1 nrem1 1', 2: 'n2 s2 nrem2 2', 3: 'n3 s3 nrem3 3 n4 s4 nrem4 4 sws', 4: 'r rem',
     -1: '? m mt movement unscored unknown art uns l n/a'}.items() for word in words.split()} | {'movementtime': -1}
@@ -269,13 +287,13 @@ def stage_of_word(
     text:str,      # e.g. `Sleep stage 4`, `N3`, `REM`, `Wake|0`
 )->int|None:       # stage code, −1 for unscored; `None` if it is not the name of a stage
     "The stage that a label names. A bare number names none, because its vocabulary is not known."
-    word = text.strip().casefold().partition('|')[0]
+    word = re.sub(r'\|\d$', '', text.strip().casefold())            # NSRR writes its number behind the word
     stripped = re.sub(r'^(sleep[\s_-]*)?stage[\s_-]*|\s+sleep$', '', word)
     stripped = re.sub(r'^stage\s+', '', stripped)
     if stripped == word and re.fullmatch(r'[\d.+-]+', word): return None
     return _WORDS.get(re.sub(r'[\s_-]', '', stripped) or stripped)
 
-# %% ../../nbs/100_data.psg.ipynb #b548b2f6
+# %% ../../nbs/100_data.psg.ipynb #da59bead
 def _stage(
     label:str,           # a word or a number
     vocabulary:str|None, # of numbers; a key of `NUMBERS`
@@ -283,20 +301,23 @@ def _stage(
 )->int:
     "The stage that a label names in a file that holds nothing but stages."
     if (word := stage_of_word(label)) is not None: return word
-    if not re.fullmatch(r'\s*-?\d+(\.0*)?\s*', label):
+    if not re.fullmatch(r'\s*-?\d(\.0+)?\s*', label):
         raise HypnogramError('this is not the name of a stage', where=where, found=repr(label),
                              expected='W, N1, N2, N3, R or ?')
     if vocabulary is None:
         raise HypnogramError('stages are numbers, which mean different things in different files', where=where,
             found=label.strip(), expected='words', remedy=f'Say whose numbers they are: vocabulary= {" or ".join(NUMBERS)}.')
-    if vocabulary not in NUMBERS:
-        raise HypnogramError('this vocabulary is not known', where=where, found=repr(vocabulary), expected=', '.join(NUMBERS))
+    _check_vocabulary(vocabulary)
     if (number := int(float(label))) not in NUMBERS[vocabulary]:
         raise HypnogramError(f'this number is no stage in the vocabulary "{vocabulary}"', where=where, found=label.strip(),
                              expected=', '.join(map(str, NUMBERS[vocabulary])))
     return NUMBERS[vocabulary][number]
 
-# %% ../../nbs/100_data.psg.ipynb #a213f7c4
+def _check_vocabulary(vocabulary:str|None):
+    if vocabulary not in (None, *NUMBERS):
+        raise HypnogramError('this vocabulary is not known', found=repr(vocabulary), expected=', '.join(NUMBERS))
+
+# %% ../../nbs/100_data.psg.ipynb #1abf76b0
 _LIKE_A_STAGE = re.compile(r'\s*(\d|n?[\s_-]*rem.*|(sleep\s*)?stage.*|sleep[\s_-]*s?\d|s\d|(light|deep)\s*sleep)\s*', re.I)
 
 def _pieces(
@@ -305,6 +326,7 @@ def _pieces(
     start:datetime|None=None,
     only_stages:bool=False,      # is every label the name of a stage?
     vocabulary:str|None=None,
+    epoch_sec:float=EPOCH_SEC,   # how long the last stage lasts, if nothing says it
 )->Hypnogram:
     "Keeps the events that are stages."
     made,others = [], 0
@@ -319,21 +341,28 @@ def _pieces(
         raise HypnogramError('there are no sleep stages in this file', where=where,
                              found=f'{others} other events' + ''.join(f', such as {e[2]!r}' for e in events[:1]))
     onset,duration,stage = (list(o) for o in zip(*made))
-    ends = onset[1:] + [onset[-1] + EPOCH_SEC]
+    ends = onset[1:] + [onset[-1] + epoch_sec]
     duration = [end - at if d is None else d for at,d,end in zip(onset, duration, ends)]
     notes = (f'{others} events that are no stages',) if others else ()
     return Hypnogram(where, np.array(onset, float), np.array(duration, float), np.array(stage, np.int8), start, notes)
 
-# %% ../../nbs/100_data.psg.ipynb #fd62e091
-def _from_edf(path, **kwargs):
-    source = _EdfSource(path, None)
-    return _pieces(source.events(), str(path), source.start, vocabulary=kwargs['vocabulary'])
+# %% ../../nbs/100_data.psg.ipynb #7f57910a
+_COLUMNS = ('stage', 'sleep_stage', 'trial_type', 'description', 'label', 'annotation', 'event', 'value')
 
-def _from_lines(path, vocabulary, epoch_sec, **kwargs):
+def _from_edf(path, vocabulary, epoch_sec, **kwargs):
+    source = _EdfSource(path, None)
+    return _pieces(source.events(), str(path), source.start, vocabulary=vocabulary, epoch_sec=epoch_sec)
+
+def _from_lines(path, vocabulary, epoch_sec, column):
     "One stage per line, from the start of the recording."
     lines = [(i, line.strip()) for i,line in enumerate(_text(path).rstrip().splitlines(), 1)]
-    if lines and lines[0][1].casefold() in ('stage', 'stages', 'hypnogram', 'hypno', 'sleep_stage'): lines = lines[1:]
+    if lines and lines[0][1].casefold() in (*_COLUMNS, 'stages', 'hypnogram', 'hypno', (column or 'stage').casefold()):
+        lines = lines[1:]
     stages = [_stage(label, vocabulary, f'{path}, line {i}') for i,label in lines]
+    numbers = [(i, label) for i,label in lines if label[-1:].isdigit() and stage_of_word(label) is None]
+    if odd := next(((i, label) for i,label in numbers if ('.' in label) != ('.' in numbers[0][1])), None):
+        raise HypnogramError('numbers are written in two ways', where=f'{path}, line {odd[0]}', found=odd[1],
+                             expected=f'as in {numbers[0][1]}', remedy='Two lines may have become one; export it again.')
     if not stages or not lines[0][1]: raise HypnogramError('the file is empty', where=str(path), expected='one stage per line')
     onset,duration = np.arange(len(stages)) * float(epoch_sec), np.full(len(stages), float(epoch_sec))
     return Hypnogram(str(path), onset, duration, np.array(stages, np.int8))
@@ -342,12 +371,18 @@ def _text(
     path:Path,
 )->str: # the file, whatever its encoding
     raw = path.read_bytes()
+    if raw[:2] in (b'\xff\xfe', b'\xfe\xff'): return raw.decode('utf-16', errors='replace')
+    if b'\0' in raw:
+        raise HypnogramError('this file is no text', where=str(path), expected='EDF, XML or text', found='bytes of zero',
+                             remedy='Export the stages as CSV, in UTF-8.')
     for encoding in ('utf-8-sig', 'latin-1'):
         try: return raw.decode(encoding)
         except UnicodeDecodeError: pass
 
-# %% ../../nbs/100_data.psg.ipynb #6a1ddf4a
-_COLUMNS = ('stage', 'sleep_stage', 'trial_type', 'description', 'label', 'annotation', 'event', 'value')
+# %% ../../nbs/100_data.psg.ipynb #f743d811
+_TIMES = {'onset': ('onset', 'start', 'time'), 'duration': ('duration',), 'end': ('end', 'stop'), 'epoch': ('epoch',)}
+_CLOCK = re.compile(r'([01]?\d|2[0-3]):([0-5]\d):([0-5]\d(\.\d+)?)', re.ASCII)
+_DAY = 24 * 3600.
 
 def _seconds(text, what, where):
     try: value = float(text)
@@ -356,40 +391,112 @@ def _seconds(text, what, where):
         raise HypnogramError(f'{what} is not a number', where=where, found=repr(text), expected='seconds')
     return value
 
+def _second_of_day(text, what, where):
+    if not (m := _CLOCK.fullmatch(text)):
+        raise HypnogramError(f'{what} is not a time of day', where=where, found=repr(text), expected='HH:MM:SS')
+    return int(m[1])*3600 + int(m[2])*60 + float(m[3])
+
 def _columns(
     rows:list[list[str]],
-    column:str|None,        # the column of stages, if it was named
+    column:str|None,             # the column of stages, if it was named
     where:str,
-)->tuple[list[int], str]:   # numbers of the columns of onset, duration and stage; name of the last, empty without a header
+)->tuple[dict[str, int], str]:   # numbers of the columns of times and of stages; name of the latter, empty without a header
     header = [o.strip().casefold() for o in rows[0]] if rows else []
-    if len(header) == 3 and 'onset' not in header and stage_of_word(header[0]) is not None: return [1, 2, 0], '' # ANPHY-Sleep
-    if 'onset' not in header or 'duration' not in header:
-        raise HypnogramError('this table has other columns', where=where, expected='onset, duration and stage',
-                             found=', '.join(header) or 'no rows', remedy='Rename the columns; onset is in seconds.')
+    if len(header) == 3 and 'onset' not in header and stage_of_word(header[0]) is not None: # ANPHY-Sleep
+        return dict(stage=0, onset=1, duration=2), ''
+    at = {kind: next(header.index(o) for o in names if o in header) for kind,names in _TIMES.items() if {*names} & {*header}}
+    timed = 'onset' in at and ('duration' in at or 'end' in at or _has_clock(rows, at['onset']))
+    if not timed and ('onset' in at or 'epoch' not in at):
+        raise HypnogramError('this table has other columns', where=where, found=', '.join(header) or 'no rows',
+            expected='onset, duration and stage', remedy='Rename them: onset and duration (or end), in seconds, or epoch.')
     name = column.casefold() if column else next((c for c in _COLUMNS if c in header), None)
     if name not in header:
         raise HypnogramError('no column holds stages', where=where, expected=name or ', '.join(_COLUMNS),
                              found=', '.join(header), remedy='Name the column, for example column="scorer_1".')
-    return [header.index(c) for c in ('onset', 'duration', name)], name
+    return at | dict(stage=header.index(name)), name
 
-def _from_table(path, vocabulary, column, **kwargs):
+def _has_clock(rows, i): return any(_CLOCK.fullmatch(row[i].strip()) for row in rows[1:] if i < len(row))
+
+# %% ../../nbs/100_data.psg.ipynb #c1d071a0
+def _numbered(
+    rows:list[dict],  # cells of each row: `epoch`, and where the row is
+    epoch_sec:float,
+)->list[tuple]:       # onset and duration of each, seconds
+    numbers = [_seconds(row['epoch'], 'epoch', row['where']) for row in rows]
+    first = numbers[0] if numbers else 0
+    for i,(row,number) in enumerate(zip(rows, numbers)):
+        if first not in (0, 1) or number != first + i:
+            raise HypnogramError('epochs are not numbered one after the other', where=row['where'], found=row['epoch'],
+                expected=f'{first + i:g}' if i else '0 or 1', remedy='Give every epoch a row, unscored ones with the stage ?.')
+    return [(i * epoch_sec, epoch_sec) for i in range(len(rows))]
+
+def _timed(
+    rows:list[dict],  # cells of each row: `onset`, and `duration` or `end`
+)->list[tuple]:       # onset and duration of each, seconds
+    made = []
+    for row in rows:
+        onset,kind = _seconds(row['onset'], 'onset', row['where']), 'duration' if 'duration' in row else 'end'
+        value = _seconds(row[kind], kind, row['where'])
+        made.append((onset, value if kind == 'duration' else value - onset))
+    return made
+
+def _clocked(
+    rows:list[dict],  # cells of each row: `onset` as a time of day; perhaps `duration`, or `end` as a time of day
+)->tuple[list[tuple], time|None]: # onset and duration of each, seconds after the first; time of day of the first
+    if not rows: return [], None
+    times = [_second_of_day(row['onset'], 'onset', row['where']) for row in rows]
+    if times[0] == 0:
+        raise HypnogramError('onsets may be times of day, or count from the start of the recording', where=rows[0]['where'],
+            found=rows[0]['onset'], remedy='Write seconds from the start of the recording instead.')
+    made,onset = [], 0.
+    for row,last,now in zip(rows, [times[0], *times], times):
+        step = (now - last) % _DAY
+        if step > _DAY/2:
+            raise HypnogramError('the times of day go back', where=row['where'], found=row['onset'],
+                                 remedy='Put the rows in the order of time.')
+        onset += step
+        duration = _seconds(row['duration'], 'duration', row['where']) if 'duration' in row else None
+        if duration is None and 'end' in row: duration = (_second_of_day(row['end'], 'end', row['where']) - now) % _DAY
+        made.append((onset, duration))
+    return made, (datetime.min + timedelta(seconds=times[0])).time()
+
+# %% ../../nbs/100_data.psg.ipynb #904fc019
+def _rows_of(
+    path:Path,
+)->list[list[str]]: # cells of each row
     lines = _text(path).splitlines()
     delimiter = next((o for o in '\t;,' if lines and o in lines[0]), ',') # some spreadsheets write semicolons
-    rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
-    at,name = _columns(rows, column, str(path))
-    events = []
-    only_stages = name in ('', 'stage', 'sleep_stage') or bool(column)
-    for i,row in enumerate(rows[bool(name):], 1):
-        where = f'{path}, row {i}'
-        if len(row) <= max(at):
-            raise HypnogramError('a row is too short', where=where, expected=f'{max(at) + 1} columns', found=str(len(row)))
-        onset,duration,label = (row[j].strip() for j in at)
-        passed_over = not only_stages and stage_of_word(label) is None and 'n/a' in (onset, duration)
-        if label.casefold() not in ('', 'n/a') and not passed_over:
-            events.append((_seconds(onset, 'onset', where), _seconds(duration, 'duration', where), label))
-    return _pieces(events, str(path), only_stages=only_stages, vocabulary=vocabulary)
+    try: rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row]
+    except csv.Error as error:
+        raise HypnogramError('this table cannot be read', where=str(path), found=str(error),
+                             remedy='Look for a quotation mark that is not closed.') from error
+    for i,row in enumerate(rows):
+        if any(cell.strip() for cell in row[len(rows[0]):]):
+            raise HypnogramError('a row has more cells than the first', where=f'{path}, row {i}', found=str(len(row)),
+                                 expected=str(len(rows[0])), remedy='Put text that holds commas between quotation marks.')
+    return rows
 
-# %% ../../nbs/100_data.psg.ipynb #decebb4a
+def _from_table(path, vocabulary, column, epoch_sec):
+    rows = _rows_of(path)
+    if rows and all(len(row) == 1 for row in rows): return _from_lines(path, vocabulary, epoch_sec, column)
+    at,name = _columns(rows, column, str(path))
+    only_stages,start = name in ('', 'stage', 'sleep_stage') or bool(column), None
+    cells = []
+    for i,row in enumerate(rows[bool(name):], 1):
+        where,least = f'{path}, row {i}', max(at.values()) + 1
+        if len(row) < least:
+            raise HypnogramError('a row is too short', where=where, expected=f'{least} cells', found=str(len(row)))
+        cells.append({kind: row[j].strip() for kind,j in at.items()} | dict(where=where))
+    if 'onset' not in at: times = _numbered(cells, epoch_sec)
+    else:
+        cells = [c for c in cells if c['stage'].casefold() not in ('', 'n/a')
+                 and (only_stages or stage_of_word(c['stage']) is not None or 'n/a' not in c.values())]
+        if _has_clock(rows, at['onset']): times,start = _clocked(cells)
+        else: times = _timed(cells)
+    events = [(*t, c['stage'] or '?') for t,c in zip(times, cells)]
+    return _pieces(events, str(path), start, only_stages, vocabulary, epoch_sec)
+
+# %% ../../nbs/100_data.psg.ipynb #cc52211a
 def _from_xml(path, **kwargs):
     try: root = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
@@ -406,23 +513,34 @@ def _from_xml(path, **kwargs):
 def read_hypnogram(
     path:str|Path,
     vocabulary:str|None=None,    # whose numbers, where stages are numbers: `'isruc'`, `'nsrr'`, `'yasa'` or `'sleepnb'`
-    epoch_sec:float=EPOCH_SEC,   # length of an epoch, for files with one stage per line
+    epoch_sec:float=EPOCH_SEC,   # length of an epoch, for files that do not say it
     column:str|None=None,        # which column holds the stages, for tables with unusual names
 )->Hypnogram:
     """Reads stages from EDF+, XML (Profusion, NSRR), tables (BIDS, CSV, ANPHY-Sleep) or lines (ISRUC, YASA).
 
     Raises `HypnogramError` for an unknown stage, or a file that is none of these."""
-    path = Path(path)
-    if not path.is_file(): raise HypnogramError('there is no such file', where=str(path))
-    with path.open('rb') as f: magic,head = f.read(8), f.read(2000)
+    _check_vocabulary(vocabulary)
+    if not epoch_sec > 0: raise HypnogramError('epochs must last longer than this', found=f'epoch_sec={epoch_sec}')
+    if not isinstance(path, (str, Path)):
+        raise HypnogramError('a hypnogram is read from a file', expected='a path', found=type(path).__name__,
+                             remedy='Stages that are in memory go into a Hypnogram.')
+    path = Path(path).expanduser()
+    _check_file(path, HypnogramError)
+    with path.open('rb') as f: head = f.read(2000)
+    if kind := next((kind for start,kind in _NO_TEXT.items() if head.startswith(start)), None):
+        raise HypnogramError(f'a hypnogram is not read from {kind}', where=str(path), expected='EDF, XML or text',
+                             remedy='Save it as CSV, for example with the columns onset, duration and stage.')
     suffix = path.suffix.casefold()
-    if magic in (_EDF, _BDF): read = _from_edf
+    if head[:8] in (_EDF, _BDF): read = _from_edf
     elif suffix == '.xml': read = _from_xml
-    elif suffix in ('.csv', '.tsv') or b'\t' in magic + head: read = _from_table
+    elif suffix in ('.csv', '.tsv') or b'\t' in head or re.search(rb'[,;]', head.partition(b'\n')[0]): read = _from_table
     else: read = _from_lines
     try: return read(path, vocabulary=vocabulary, epoch_sec=epoch_sec, column=column)
     except RecordingError as error:
         raise HypnogramError(error.what, where=error.where, expected=error.expected, found=error.found) from error
+
+_NO_TEXT = {b'PK\x03\x04': 'an Excel or zip file', b'\xd0\xcf\x11\xe0': 'an Excel file', b'MATLAB': 'a MATLAB file',
+            b'\x89HDF': 'a MATLAB or HDF5 file', b'\x1f\x8b': 'a gzip file'} # how such files begin → what they are
 
 def _check_pieces(h:Hypnogram):
     if (bad := np.flatnonzero(~(h.duration >= 0))).size:
@@ -436,18 +554,26 @@ def _check_pieces(h:Hypnogram):
                 found=f'{Stage(last).label} and {Stage(stage).label} at {onset:g} s', remedy='Keep one scorer in the file.')
         if onset + duration > end: end,last = onset + duration, stage
 
-# %% ../../nbs/100_data.psg.ipynb #2bafec7c
+# %% ../../nbs/100_data.psg.ipynb #3880a646
 def _shift(
     hypnogram:Hypnogram,
     start:datetime|None, # of the recording
 )->tuple[float, list[str]]: # seconds to add to the onsets, notes
+    if isinstance(hypnogram.start, time): return _shift_clock(hypnogram, start), []
     if hypnogram.start is None or start is None: return 0., []
     begun,start = hypnogram.start.replace(tzinfo=None), start.replace(tzinfo=None)
     if begun == datetime(1985, 1, 1): return 0., ['the hypnogram has no start time: it is taken to start with the recording']
     seconds = (begun - start).total_seconds()
     if abs(seconds) <= 12*3600: return seconds, [f'the hypnogram starts {seconds:g} s after the recording'] * bool(seconds)
-    clock = (seconds + 12*3600) % (24*3600) - 12*3600
+    clock = (seconds + _DAY/2) % _DAY - _DAY/2
     return clock, [f'aligned by the time of day, for the dates differ: {start.date()}, scored {begun.date()}']
+
+def _shift_clock(hypnogram, start):
+    if start is None:
+        raise HypnogramError('the stages have times of day, but the recording has none', where=hypnogram.where,
+                             remedy='Write their onsets in seconds from the start of the recording.')
+    seconds = (datetime.combine(start.date(), hypnogram.start) - start.replace(tzinfo=None)).total_seconds()
+    return (seconds + _DAY/2) % _DAY - _DAY/2
 
 def align(
     hypnogram:Hypnogram,
@@ -469,8 +595,7 @@ def align(
         raise HypnogramError('the hypnogram does not belong to this recording', where=hypnogram.where,
             expected=f'stages between 0 and {duration:g} s of the recording', found=f'{begin.min():g} to {end.max():g} s',
             remedy='Check the start times of both files, and how long an epoch of the scorer is.')
-    first = begin[scored][0] % EPOCH_SEC
-    if EPOCH_SEC - first < 1e-3: first = 0.
+    first = _first_epoch(begin[scored])
     n = int((duration - first + 1e-3) // EPOCH_SEC)
     share = _share(begin - first, end - first, hypnogram.stage, n)             # n × 6: W … REM, unscored
     stages = np.where(share[:, :5].max(1) >= EPOCH_SEC/2 - 1e-3, share[:, :5].argmax(1), UNSCORED).astype(np.int8)
@@ -478,7 +603,13 @@ def align(
     if mixed: notes.append(f'{mixed} epochs hold more than one stage and got the longest')
     if total - kept > 1e-3: notes.append(f'{total - kept:g} s of the scoring lie outside the recording')
     if unscored := int((stages < 0).sum()): notes.append(f'{unscored} of {n} epochs are unscored')
-    return stages, float(first), notes
+    return stages, first, notes
+
+def _first_epoch(begin):
+    "Seconds from the first sample to the first epoch; one odd stage does not move all the others."
+    phases = np.round(begin % EPOCH_SEC, 3) % EPOCH_SEC
+    values,counts = np.unique(phases, return_counts=True)
+    return float(values[counts.argmax()] if 2*counts.max() > len(phases) else phases[0])
 
 def _share(begin, end, stage, n):
     "Seconds of each epoch that each stage fills, `(n, 6)`."
@@ -540,7 +671,7 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #1d4c45ab
+# %% ../../nbs/100_data.psg.ipynb #a915a454
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
@@ -583,14 +714,18 @@ def read_night(
     unit:str|None=None,                # overrides the file's unit: `'uV'`, `'mV'` or `'V'`
     vocabulary:str|None=None,          # as for `read_hypnogram`
     column:str|None=None,              # as for `read_hypnogram`
+    epoch_sec:float=EPOCH_SEC,         # as for `read_hypnogram`
     cohort:str='', subject:str='', night:str='',
 )->Night:
     """Reads signals and stages of one night, aligned by time.
 
     Raises `RecordingError`, `MontageError` or `HypnogramError`, each with the file and what to do."""
+    _check_vocabulary(vocabulary)
     recording = open_recording(source, unit)
+    if not recording.names:
+        raise RecordingError('this file holds no signals', where=recording.where, expected='a recording', remedy=_SECOND)
     channels,terms,notes,missing = _pick(recording, wanted, aliases)
-    stages,first,more = _stages(recording, hypnogram, vocabulary, column)
+    stages,first,more = _stages(recording, hypnogram, vocabulary=vocabulary, column=column, epoch_sec=epoch_sec)
     if not len(stages):
         raise RecordingError('the recording is shorter than one epoch', where=recording.where,
                              expected=f'{EPOCH_SEC} s or more', found=f'{recording.duration:g} s')
@@ -605,15 +740,15 @@ def read_night(
     made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes)
     return replace(made, notes=notes + _check_amplitudes(made))
 
-def _stages(recording, hypnogram, vocabulary, column):
+def _stages(recording, hypnogram, **how):
     "Stages of the recording's epochs, from a file, from the recording itself, or none."
     found = None
     if isinstance(hypnogram, Hypnogram): found = hypnogram
-    elif hypnogram is not None: found = read_hypnogram(hypnogram, vocabulary, column=column)
+    elif hypnogram is not None: found = read_hypnogram(hypnogram, **how)
     else:
         events = [e for e in recording.source.events() if e[1] or 'stage' in e[2].casefold()] # no mere markers
         if any(stage_of_word(e[2]) in [*Stage] for e in events):
-            found = _pieces(events, recording.where, recording.start, vocabulary=vocabulary)
+            found = _pieces(events, recording.where, recording.start, False, how['vocabulary'], how['epoch_sec'])
     if found and found.start is None and (cut := getattr(recording.source, 'cut', 0)) and hypnogram is not None:
         raise HypnogramError('stages without a start time cannot be put on a Raw that was cropped', where=found.where,
             found=f'{cut:g} s were cut', remedy='Give the stages a start: replace(read_hypnogram(…), start=…).')
