@@ -61,26 +61,42 @@ def _piece(
         at += len(part)
     return made
 
-# %% ../../nbs/110_data.preprocess.ipynb #8ed433d7
+# %% ../../nbs/110_data.preprocess.ipynb #c5195851
+def _blocks(
+    fs:float,      # Hz
+    fs_out:float,  # Hz
+    half:int,      # samples that the filter reaches to either side
+)->tuple[int, int, int, Fraction]: # samples of a block, before and after; of the latter, context at either end; step between them
+    ratio = Fraction(fs_out / fs).limit_denominator(10_000)
+    up,down = ratio.numerator, ratio.denominator
+    if abs(up/down * fs/fs_out - 1) * fs_out * _DAY < .25:            # stays in step for a day
+        margin = max(-(-half // down), 64)
+        units = next_fast_len(max(2**15, 4*margin*down) // down, real=True)
+        return units * down, units * up, margin * up, 1 / ratio
+    step = Fraction(fs) / Fraction(fs_out)
+    rim = int(max(half, 128) / step) + 1
+    sizes = [next_fast_len(n, real=True) for n in range(max(2**15, 4*half), 2*max(2**15, 4*half), 64)]
+    n_in = min(sizes, key=lambda n: abs(n/step - round(n/step)))      # of the quick ones, the one that fits best
+    return n_in, round(n_in/step), rim, step
+
+_DAY = 24 * 3600 # seconds
+
+# %% ../../nbs/110_data.preprocess.ipynb #5fed59d7
 def filter_resample(
     x:np.ndarray,          # `(samples,)` or `(channels, samples)`; any numeric type, such as the integers of a file
     fs:float,              # Hz
     low:float|None=.3,     # Hz, lower edge of the pass band; `None` keeps slow drifts
     high:float|None=40.,   # Hz, upper edge; `None` keeps what the new rate can hold
     fs_out:float=FS,       # Hz
-    gain:float=1.,         # multiplies the result: makes microvolts of integers
 )->np.ndarray:             # float32, the same duration at `fs_out`
     "Band-passes and resamples in one pass, without delay (zero phase)."
-    if np.ndim(x) > 1: return np.stack([filter_resample(o, fs, low, high, fs_out, gain) for o in x])
+    if np.ndim(x) > 1: return np.stack([filter_resample(o, fs, low, high, fs_out) for o in x])
     if not len(x): raise SleepnbError('there is no signal to filter', found='0 samples')
-    ratio = Fraction(fs_out / fs).limit_denominator(10_000)
-    up,down = ratio.numerator, ratio.denominator
     kernel = _kernel(fs, low, high, fs_out)
-    if len(kernel) == 1 and up == down: return x.astype(np.float32) * np.float32(gain)
     half = len(kernel) // 2
-    margin = max(-(-half // down), 64) * down                         # a block's samples that are only context
-    units = next_fast_len(max(2**15, 4*margin) // down, real=True)    # a block of units·down samples in, units·up out
-    n_in,n_out,rim = units * down, units * up, margin * up // down
+    n_in,n_out,rim,step = _blocks(fs, fs_out, half)
+    if len(kernel) == 1 and step == 1: return np.array(x, np.float32)
+    margin = -(-rim * step // 1)                                      # samples before the first and after the last
     response = rfft(np.concatenate([kernel[half:], np.zeros(n_in - len(kernel)), kernel[:half]]).astype(np.float32))
     x = np.asarray(x)
     shift = x[::64].mean() if low is not None else 0.                 # a filter only weakens a constant
@@ -89,15 +105,18 @@ def filter_resample(
     made = np.empty(round(len(x) * fs_out / fs), np.float32)
     response = response[:n_out//2 + 1]                                # all that the new rate can hold
     for at in range(0, len(made), n_out - 2*rim):
-        block = _piece([before, x, after], at * down // up, at * down // up + n_in)
-        block[:max(0, n_laid - at * down // up)] -= np.float32(shift)                 # not the zeros beyond the end
+        begin = margin + (at - rim) * step                            # of the block, in samples; may lie between two
+        first,between = int(begin), float(begin % 1)
+        block = _piece([before, x, after], first, first + n_in)
+        block[:max(0, n_laid - first)] -= np.float32(shift)           # not the zeros beyond the end
         spectrum = rfft(block, overwrite_x=True)[:len(response)]
         spectrum *= response
+        if between: spectrum *= np.exp(2j*np.pi/n_in * between * np.arange(len(spectrum))).astype(np.complex64)
         y = irfft(spectrum, n_out, overwrite_x=True)[rim:n_out - rim][:len(made) - at]
-        np.multiply(y, np.float32(gain * up / down), out=made[at:at + len(y)])
+        np.multiply(y, np.float32(n_out / n_in), out=made[at:at + len(y)])
     return made
 
-# %% ../../nbs/110_data.preprocess.ipynb #c3c60f38
+# %% ../../nbs/110_data.preprocess.ipynb #88ba9f72
 def hold(
     x:np.ndarray,      # `(samples,)`
     fs:float,          # Hz
@@ -105,7 +124,8 @@ def hold(
 )->np.ndarray:         # float32, the same duration at `fs_out`
     "Repeats each value until the next, as an envelope wants it."
     n = round(len(x) * fs_out / fs)
-    return np.asarray(x, np.float32)[np.minimum((np.arange(n) * fs / fs_out).astype(int), len(x) - 1)]
+    held = (np.arange(n) * fs / fs_out + 1e-6).astype(int)         # 1.9999999 is rounding, and means the second value
+    return np.asarray(x, np.float32)[np.minimum(held, len(x) - 1)]
 
 # %% ../../nbs/110_data.preprocess.ipynb #64b0615b
 def to_epochs(
