@@ -61,12 +61,12 @@ def _piece(
         at += len(part)
     return made
 
-# %% ../../nbs/110_data.preprocess.ipynb #c5195851
+# %% ../../nbs/110_data.preprocess.ipynb #afc82d83
 def _blocks(
     fs:float,      # Hz
     fs_out:float,  # Hz
     half:int,      # samples that the filter reaches to either side
-)->tuple[int, int, int, Fraction]: # samples of a block, before and after; of the latter, context at either end; step between them
+)->tuple[int, int, int, Fraction]: # samples of a block, in and out; context at either end, out; samples in per sample out
     ratio = Fraction(fs_out / fs).limit_denominator(10_000)
     up,down = ratio.numerator, ratio.denominator
     if abs(up/down * fs/fs_out - 1) * fs_out * _DAY < .25:            # stays in step for a day
