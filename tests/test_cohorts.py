@@ -1,7 +1,9 @@
 """Every cohort from files in its dataset's layout, with its quirks, to a prepared store."""
 import datetime
 import pickle
+import re
 import shutil
+import warnings
 from pathlib import Path
 from zlib import crc32
 
@@ -11,10 +13,9 @@ import pytest
 from edfio import Edf, EdfAnnotation, EdfSignal, Patient
 
 from sleepnb.core import EPOCH_SEC, SleepnbError, Stage
-from sleepnb.data.cohorts import (CHANNELS, COHORTS, EXPECTED, anphy, bids, compare_counts, fetch_sleep_edf, isruc, mass_ss3, plain_folder,
-                                  sleep_edf)
+from sleepnb.data.cohorts import CHANNELS, COHORTS, EXPECTED, anphy, bids, fetch_sleep_edf, isruc, mass_ss3, plain_folder, sleep_edf
 from sleepnb.data.psg import open_recording, read_night, sample_files
-from sleepnb.data.store import prepare
+from sleepnb.data.store import Whole, compare_counts, prepare
 
 STAGES = np.resize([0, 1, 2, 3, 4, 2], 8)
 WORDS = [f'Sleep stage {Stage(s).label}' for s in STAGES]
@@ -69,7 +70,7 @@ def test_sleep_edf_names_stages_and_subjects(tmp_path):
     assert cohort.nights[['subject', 'night']].to_numpy().tolist() == [['00', 1], ['00', 2], ['18', 2], ['82', 2]]
     assert sleep_edf(tmp_path, '20').nights.subject.tolist() == ['00', '00', '18']
     assert sleep_edf(tmp_path, '20').name == sleep_edf(tmp_path, '78').name == 'sleep-edf'      # the same people
-    assert (cohort.expected, sleep_edf(tmp_path, 20).expected) == (EXPECTED['sleep-edf-78'].epochs, EXPECTED['sleep-edf-20'].epochs)
+    assert (cohort.expected, sleep_edf(tmp_path, 20).expected) == (EXPECTED['sleep-edf-78'], EXPECTED['sleep-edf-20'])
     store = made(cohort, tmp_path)
     assert store.channels == CHANNELS['sleep-edf'] and store.there.all() and not store.failed
     assert store.stages.reshape(4, 8).tolist() == [[0, 1, 3, 3, -1, 4, 2, 0]] * 4
@@ -83,7 +84,7 @@ def test_sleep_edf_crop(tmp_path):
     assert len(made(sleep_edf(tmp_path, '20'), tmp_path/'a')) == 21
     store = made(sleep_edf(tmp_path, '20', crop_wake_min=2), tmp_path/'b')
     assert len(store) == 9 and store.epoch[0] == 6                                              # four on either side
-    assert sleep_edf(tmp_path, '20', crop_wake_min=30).expected == EXPECTED['sleep-edf-20, 30 min'].epochs
+    assert sleep_edf(tmp_path, '20', crop_wake_min=30).expected == EXPECTED['sleep-edf-20, 30 min']
     assert sleep_edf(tmp_path, '78', crop_wake_min=None).expected is None
 
 def test_a_recording_without_hypnogram_is_reported_and_the_rest_goes_on(tmp_path):
@@ -164,7 +165,7 @@ def test_isruc_choices(tmp_path):
     only = read(isruc(tmp_path, wanted=['O1-M2', 'F3-M2']))                                     # C3 is not asked for, and stands in nevertheless
     assert [c.name for c in only.channels] == ['O1-M2', 'C3-M2'] and only.missing == ()
     assert read(isruc(tmp_path, scorer=2, drop_last=0)).stages[-8:].tolist() == [0, 0, 2, 4, 3, 2, 1, 0]
-    assert isruc(tmp_path, scorer=2).expected is None and isruc(tmp_path).expected == (87187,)
+    assert isruc(tmp_path, scorer=2).expected is None and isruc(tmp_path).expected == EXPECTED['isruc-s1']
     for wrong in (dict(group='s2'), dict(scorer=3), dict(drop_last=-1)):
         with pytest.raises(SleepnbError, match='no such part of ISRUC'): isruc(tmp_path, **wrong)
     with pytest.raises(SleepnbError, match='nothing is left'): read(isruc(tmp_path, drop_last=38))
@@ -190,6 +191,18 @@ def test_isruc_renamed_to_edf_and_missing_scorer(tmp_path):
     store = made(cohort, tmp_path)
     assert len(store.nights) == 2 and '3.rec: this recording has no hypnogram (expected n_1.txt' in next(iter(store.failed.values()))
 
+def test_isruc_with_every_night_is_compared_with_what_was_published(tmp_path, monkeypatch):
+    for n in (1, 2): write_isruc(tmp_path, n, NEW)
+    shares = (37.5, 12.5, 25, 12.5, 12.5)
+    for whole,differs in ((Whole(2, (16,), shares), ''), (Whole(2, (17,), shares), 'epochs .*17 .*-1'), (Whole(3, (99,), shares), ''),
+                          (Whole(2, (16,), (37.7, 12.3, 25, 12.5, 12.5)), 'W .*37.5 .*37.7')):
+        monkeypatch.setitem(EXPECTED, 'isruc-s1', whole)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            made(isruc(tmp_path), tmp_path)
+        texts = [str(o.message) for o in caught if 'not the epochs that were published' in str(o.message)]
+        assert len(texts) == bool(differs) and all(re.search(differs, o) for o in texts)
+
 # ---- MASS
 
 def test_mass_references_alignment_and_chin(tmp_path):
@@ -202,7 +215,7 @@ def test_mass_references_alignment_and_chin(tmp_path):
     write_hypnogram(tmp_path/'SS3'/'01-03-0002 Base.edf', pieces(WORDS[:6], 60 + 3), BEGIN - datetime.timedelta(seconds=3))  # its own clock
     write_psg(tmp_path/'SS1'/'01-01-0001 PSG.edf', ['EEG C3-CLE'])                              # another subset
     cohort = mass_ss3(tmp_path)
-    assert cohort.nights.subject.tolist() == ['0001', '0002'] and cohort.expected == (59304,)
+    assert cohort.nights.subject.tolist() == ['0001', '0002'] and cohort.expected == EXPECTED['mass']
     first,second = read(cohort), read(cohort, 1)
     assert first.stages.tolist() == STAGES[:7].tolist() and second.stages.tolist() == [-1, -1, *STAGES[:6]]
     assert [c.name for c in first.channels[:8]] == [c.name for c in second.channels[:8]] == list(CHANNELS['mass'][:8])
@@ -308,6 +321,38 @@ def test_plain_folder_subjects(tmp_path):
     assert plain_folder(tmp_path, subject=r'^(x|y)/|(z)_').nights.subject.tolist() == ['x', 'x', 'y', 'z', 'z']
     with pytest.raises(SleepnbError, match='z_1.edf: this name does not tell the subject'): plain_folder(tmp_path, subject=r'(.+)/')
 
+def test_plain_folder_subjects_that_may_be_one(tmp_path):
+    for name in ('A_n1', 'A_n2', 'B_n1'): write_psg(tmp_path/f'{name}.edf', ['C3-A2'], annotations=pieces())
+    assert repr(plain_folder(tmp_path)) == 'folder: 3 nights of 3 subjects (A_n1, A_n2, B_n1), channels C3-M2'
+    for how in (r'(.+)_n', lambda path: path.split('_')[0]):
+        cohort = plain_folder(tmp_path, subject=how)
+        assert '3 nights of 2 subjects (A, B)' in repr(cohort)
+        assert made(cohort, tmp_path/f'{callable(how)}').nights.subject.tolist() == ['A', 'A', 'B']
+    for how,match in ((r'(', 'no regular expression .*missing'), (7, 'no regular expression'), (r'(x?)', 'does not tell the subject'),
+                      (lambda path: None, 'does not tell the subject')):
+        with pytest.raises(SleepnbError, match=match): plain_folder(tmp_path, subject=how)
+
+@pytest.mark.parametrize('names', [('1/a', '01/b'), ('p1', 'p001')])
+def test_one_subject_in_two_spellings(tmp_path, names):
+    for name in (*names, '10/x', '100/y'): write_psg(tmp_path/f'{name}.edf', ['C3-A2'])
+    with pytest.raises(SleepnbError, match=r'written in two ways. .found \w+ and \w+\)'): plain_folder(tmp_path)
+
+def test_channels_that_most_recordings_have(tmp_path):
+    for name,channels in (('a', ['C4-A1']), ('b', ['EMG', 'C3-A2', 'LOC']), ('c', ['C3-A2', 'LOC', 'O1-A2']), ('d', ['C3-A2', 'EMG'])):
+        write_psg(tmp_path/f'{name}.edf', channels)
+        write_psg(tmp_path/'bids'/f'sub-{name}'/f'sub-{name}_eeg.edf', channels)
+    assert bids(tmp_path/'bids').wanted == plain_folder(tmp_path/'bids').wanted == ('C3-M2', 'E1', 'Chin')
+    for n in '12345': write_psg(tmp_path/'odd'/f'{n}.edf', [f'EEG P{n}-A2'])
+    with pytest.raises(SleepnbError, match='no channel is in half of the recordings .*Name those you want'): plain_folder(tmp_path/'odd')
+
+def test_pages_of_twenty_seconds(tmp_path):
+    words = ['W', 'N2', 'N2', 'R'] * 3
+    write_psg(tmp_path/'sub-1'/'sub-1_eeg.edf', ['C3-A2'])
+    write(tmp_path/'sub-1'/'sub-1_eeg.csv', '\n'.join(['epoch,stage', *(f'{i},{w}' for i,w in enumerate(words))]))
+    write(tmp_path/'sub-1'/'sub-1_hypnogram.tsv', '\n'.join(['epoch\tstage', *(f'{i}\t{w}' for i,w in enumerate(words))]))
+    for cohort in (bids(tmp_path, epoch_sec=20), plain_folder(tmp_path, epoch_sec=20, ending='.csv')):
+        assert read(cohort).stages.tolist() == [0, 2, 4, 2, 2, 0, 2, 4]
+
 def test_plain_folder_scorers_damage_and_channels(tmp_path):
     (tmp_path/'a.edf').write_bytes(b'0       ' + b'damaged' * 100)
     write_psg(tmp_path/'b.edf', ['signal 1', 'C3', 'A2', 'EEG LOC'])
@@ -329,6 +374,12 @@ def test_folders_that_are_missing_empty_or_wrong(tmp_path, name):
     with pytest.raises(SleepnbError, match='found an empty folder'): COHORTS[name](tmp_path)
     for i in range(7): write(tmp_path/f'{i}.doc', '')
     with pytest.raises(SleepnbError, match='found 0.doc, 1.doc, 2.doc, 3.doc, 4.doc and 2 more'): COHORTS[name](tmp_path)
+
+def test_a_name_that_is_no_dataset(tmp_path):
+    with pytest.raises(SleepnbError, match="no such dataset .expected sleep-edf-20, .*found 'sleepedf'"): COHORTS['sleepedf']
+    write(tmp_path/'file', '')
+    for make in COHORTS.values():
+        with pytest.raises(SleepnbError, match='this is a file, not a folder'): make(tmp_path/'file')
 
 def test_two_processes_make_the_same_store(tmp_path):
     for n in (1, 2, 3): write_isruc(tmp_path, n, OLD)

@@ -1,5 +1,6 @@
 """A store is whole after kill -9, with two processes at once, and whatever its files suffer."""
-import hashlib, json, os, random, signal, subprocess, sys, time
+import hashlib, json, os, random, signal, subprocess, sys, time, warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from sleepnb.core import RecordingError, StoreError
 from sleepnb.data.preprocess import filter_resample, to_epochs
 from sleepnb.data.psg import Night, read_night, sample_files
-from sleepnb.data.store import Cohort, EpochStore, prepare
+from sleepnb.data.store import Cohort, EpochStore, Whole, prepare
 from sleepnb.montage import parse_channel
 from sleepnb.synth import synth_night
 
@@ -23,6 +24,24 @@ def read_synth(row):
 
 def cohort(subjects, name='example', **columns):
     return Cohort(name, pd.DataFrame(dict(subject=subjects, night=1, **columns)), CHANNELS, read_synth)
+
+def test_a_channel_that_ends_early_is_refused(tmp_path):
+    "A second and a half at the end would otherwise be zeros that nobody notices."
+    def read(row):
+        night = read_synth(row)
+        return replace(night, x=[night.x[0], night.x[1][:-row['missing']]])
+    nights = pd.DataFrame(dict(subject=['a', 'b'], night=1, missing=[1, 150]))
+    store = prepare(Cohort('example', nights, CHANNELS, read), tmp_path/'store', progress=False)
+    assert store.nights.subject.tolist() == ['a'] and 'Chin ends before the night does (expected 600 s; found 598.5 s)' in [*store.failed.values()][0]
+
+def test_counts_are_compared_when_all_nights_are_there(tmp_path):
+    counts = tuple(int(n) for n in np.bincount(prepare(cohort(['a', 'b']), tmp_path/'0', progress=False).stages, minlength=5))
+    other = (counts[0] + 1, *counts[1:])
+    for i,(whole,differs) in enumerate([(Whole(2, counts), False), (Whole(2, other), True), (Whole(9, other), False), (None, False)]):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            prepare(replace(cohort(['a', 'b']), expected=whole), tmp_path/f'{i}', progress=False)
+        assert [o.filename == __file__ for o in caught if 'not the epochs that were published' in str(o.message)] == [True] * differs
 
 def contents(folder):
     "Every file of a store and its checksum."
