@@ -205,10 +205,11 @@ def _densities(
         knots[:, 0] = knots[:, 0].clip(knots[:, 1] - 3, knots[:, 1] + 4)
     return np.exp(knots @ _LINES) * _FLOOR
 
-# %% ../nbs/020_synth.ipynb #1af3a08b
+# %% ../nbs/020_synth.ipynb #006a190d
 GROUPS = dict(front=('AFz', 'F5', 'F6'), middle=('Cz', 'C3', 'C4'), back=('Oz', 'O1', 'O2')) # sites below which a source lies
 SOURCES = (*(site for group in GROUPS.values() for site in group), 'sideways', 'up')
 _HEARD = .8 # the middle explains so much of the derivation that hears it louder
+_ALIKE = .6 # correlation of the sources of a group
 
 @cache
 def _seen()->dict[str, np.ndarray]: # electrode → what it sees of each of `SOURCES`
@@ -227,7 +228,8 @@ def _shares(
     densities:np.ndarray, # µV²/Hz of Fpz-Cz and Pz-Oz, `(2, epochs, frequencies)`
 )->dict[str, np.ndarray]: # group → µV²/Hz of each of its sources
     "Densities of sources that add up to those of both derivations."
-    power = np.array([_gains(mix)[:9].reshape(3, 3) ** 2 for mix in _FITTED_AT]).sum(-1)  # derivation group
+    gains = np.array([_gains(mix)[:9].reshape(3, 3) for mix in _FITTED_AT])               # derivation group source
+    power = (1 - _ALIKE) * (gains**2).sum(-1) + _ALIKE * gains.sum(-1)**2                 # derivation group
     middle = _HEARD * np.minimum(*(densities / power[:, 1, None, None]))
     left = densities - middle * power[:, 1, None, None]
     front,back = np.einsum('gd,def->gef', np.linalg.inv(power[:, [0, 2]]), left)
@@ -450,7 +452,7 @@ def _own(
     draws = plan.draw(f'amplifier {site}').random(n, dtype=np.float32)
     return (draws - np.float32(.5)) * np.float32(plan.people.noise * NOISE_UV * np.sqrt(12 * fs/2))
 
-# %% ../nbs/020_synth.ipynb #1ef86bbf
+# %% ../nbs/020_synth.ipynb #0303131e
 def _sources(
     plan:_Plan,
 )->Iterator[np.ndarray]: # µV at 100 Hz, `(samples,)`, for each of `SOURCES`
@@ -469,11 +471,13 @@ def _sources(
         fitted = np.exp(plan.levels[at])
         densities.append(_densities((fitted - taken).clip(.25*fitted)))
     groups = _shares(np.array(densities))
-    swells = {name: _swell(n, plan.draw(f'swell {name}')) for name in groups}
     for s,source in enumerate(SOURCES):
+        name = next((name for name,sites in GROUPS.items() if source in sites), None)
+        if name and source == GROUPS[name][0]:
+            swell = _swell(n, plan.draw(f'swell {name}'))
+            shared = _background(_ALIKE * groups[name], swell, plan.draw(f'background {name}'))
         x = waves([share[s] for share,_,_ in happens])
-        for name in (name for name,sites in GROUPS.items() if source in sites):
-            x += _background(groups[name], swells[name], plan.draw(f'background {source}'))
+        if name: x += shared + _background((1 - _ALIKE) * groups[name], swell, plan.draw(f'background {source}'))
         yield x
 
 def _at_rate(

@@ -41,6 +41,21 @@ def test_demo_on_a_terminal_that_knows_few_letters(tmp_path):
     done = run('demo', '--out', tmp_path, env=os.environ | {'PYTHONIOENCODING': 'cp1252'}, encoding='cp1252')
     assert done.returncode == 0 and 'Chin1 ? EMG Chin2' in done.stdout
 
+def test_simulate_writes_a_cohort_and_goes_on(tmp_path):
+    for subjects in (1, 2):
+        done = run('simulate', 'sleep-edf', tmp_path/'made', '--subjects', subjects, '--nights', 1, '--hours', .1, '--seed', 7, '--jobs', 1)
+        assert done.returncode == 0 and len(list((tmp_path/'made').glob('*PSG.edf'))) == subjects
+        assert done.stdout.startswith(f'{subjects} simulated nights in the layout of sleep-edf are in') and str(tmp_path/'made') in done.stdout
+    assert '"seed": 7' in (tmp_path/'made'/'simulated.json').read_text()
+
+def test_simulate_says_what_is_wrong_in_one_line(tmp_path):
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'night.edf').write_text('')
+    for args,why in ((('dream', tmp_path/'new', '--hours', 1), 'expected sleep-edf-20'), (('mass', tmp_path/'mine'), 'Name a new folder')):
+        done = run('simulate', *args)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and why in done.stderr and not (tmp_path/'new').exists()
+    assert run('simulate', 'mass').returncode == 2
+
 def test_help_and_version():
     assert run('--version').stdout.strip() == f'sleepnb {sleepnb.__version__}'
     assert 'demo' in run('--help').stdout

@@ -14,11 +14,11 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from sleepnb.core import UNSCORED, SplitError, StoreError, rng
-from sleepnb.data.loaders import (MIXES, EpochLoader, Neighbours, Stores, batch_order, draw_pairs, draw_triplets, labelled_loaders,
-                                  pretraining_loaders, rows_of)
+from sleepnb.data.loaders import (MIXES, EpochLoader, Neighbours, Stores, batch_order, draw_pairs, draw_runs, draw_triplets,
+                                  labelled_loaders, pretraining_loaders, rows_of)
 from sleepnb.data.psg import Night
 from sleepnb.data.splits import holdout_split
-from sleepnb.data.store import Cohort, prepare
+from sleepnb.data.store import Cohort, Recipe, prepare
 from sleepnb.montage import parse_channel
 
 CHANNELS = dict(home=('C3-M2', 'E1-M2', 'Chin'), clinic=('F4-M1', 'C4-M1'), lab=('O1-M2',))
@@ -61,7 +61,7 @@ def all_same(a, b):
     return len(a) == len(b) and all(map(same, a, b))
 
 @pytest.mark.parametrize('mix', MIXES)
-@pytest.mark.parametrize('draw', [None, draw_triplets, draw_pairs])
+@pytest.mark.parametrize('draw', [None, draw_triplets, draw_pairs, draw_runs])
 def test_workers_change_nothing(stores, split, mix, draw):
     kwargs = dict(bs=32, mix=mix, draw=draw, modalities=('EEG', 'EMG') if draw is draw_pairs else None)
     here,there = (pretraining_loaders(stores, split, num_workers=n, **kwargs) for n in (0, 2))
@@ -231,6 +231,12 @@ def test_what_is_drawn_is_legal(present, first, near, far, seed):
         else:
             assert night[mid] == night[last] == night[r] and epoch[last] in possible
             assert epoch[r] < epoch[mid] < epoch[last] if sign == 1 else epoch[mid] in outside(epoch[last])
+    others,y = draw_runs(nb, t, n=near)
+    for r,following,whole in zip(t, others, y):
+        e = {int(epoch[i]): i for i in t if night[i] == night[r]}
+        run = [e.get(int(epoch[r]) + k) for k in range(1, near)]
+        assert whole == (None not in run)
+        assert following.tolist() == (run if whole else [r]*(near - 1))
     partner,y = draw_pairs(nb, t, rng('test', seed), near, far + near)
     assert abs(y.sum()) <= 1
     for r,(o,),sign in zip(t, partner, y):
@@ -240,8 +246,61 @@ def test_what_is_drawn_is_legal(present, first, near, far, seed):
         if sign == 1: assert abs(epoch[o] - epoch[r]) <= near
         if sign == -1: assert abs(epoch[o] - epoch[r]) >= far + near
 
+def test_runs_in_a_batch(stores, split):
+    "What a model of the future sees: consecutive epochs of one night, by their numbers in the recording."
+    dl = pretraining_loaders(stores, split, draw=partial(draw_runs, n=4), bs=64).train
+    (rows,parts),_ = dl.one_batch()
+    epochs,whole = stores.epochs, 0
+    for i,(cohort,part) in enumerate(parts.items()):
+        assert part['others'].shape[1:] == (3, len(CHANNELS[cohort]), 3000)
+        for k,row in enumerate(rows[part['at']].tolist()):
+            if not part['order'][k]: continue
+            whole += 1
+            run = epochs.loc[row:row + 3]
+            assert run.epoch.tolist() == [*range(run.epoch[row], run.epoch[row] + 4)] and len({*zip(run.subject, run.night)}) == 1
+            assert np.array_equal(part['others'][k], stores.stores[i].read(np.arange(row + 1, row + 4) - stores.first[i]))
+    assert 0 < whole < 64                                          # some begin where a night ends
+
+def test_what_fastai_asks_of_labelled_batches(stores, split):
+    from fastai.interpret import ClassificationInterpretation
+    from fastai.losses import CrossEntropyLossFlat
+    dls = labelled_loaders(stores, split, bs=32, device='cpu')
+    assert [*dls.vocab] == ['W', 'N1', 'N2', 'N3', 'R'] and dls.c == 5 and [*dls.test_dl(dls.valid.rows).vocab] == [*dls.vocab]
+    pretraining = pretraining_loaders(stores, split, bs=32)
+    assert not hasattr(pretraining, 'vocab') and not hasattr(pretraining, 'c')
+    learn = Learner(dls, Toy(), loss_func=CrossEntropyLossFlat())
+    confusion = ClassificationInterpretation.from_learner(learn).confusion_matrix()
+    preds,y = learn.get_preds()
+    assert np.array_equal(confusion, [[((y == s) & (preds.argmax(1) == q)).sum() for q in range(5)] for s in range(5)])
+
+def test_a_drawn_batch_says_whose_it_is(stores, split):
+    import matplotlib.pyplot as plt
+    for dls in (labelled_loaders(stores, split, bs=8), pretraining_loaders(stores, split, bs=8, modalities=('EEG', 'EMG'))):
+        batch = dls.train.one_batch()
+        dls.train.show_batch(batch, max_n=8)
+        titles = [ax.get_title() for ax in plt.gcf().axes][:8]
+        plt.close()
+        for title,row in zip(titles, batch[0][0].tolist()):
+            of = stores.epochs.loc[row]
+            stage = 'not scored' if of.stage == UNSCORED else 'W N1 N2 N3 R'.split()[of.stage]
+            assert title == f'{of.cohort} {of.subject}, night {of.night}, epoch {of.epoch}: {stage}'
+
+def test_recipes_are_not_mixed(folders, tmp_path):
+    nights = pd.DataFrame([dict(subject='a', night=1, length=7)])
+    for name,recipe in (('raw', 'sleepsmc'), ('same', Recipe('my own'))):
+        prepare(Cohort(name, nights, CHANNELS['lab'], partial(read, cohort='lab')), tmp_path/name, recipe, progress=False)
+    with pytest.raises(StoreError, match=r'different recipes .*lab: stager, eeg \[0.3, 40.0\].*raw: sleepsmc, eeg \[None, None\]'):
+        Stores([folders[2], folders[1], tmp_path/'raw'])
+    with pytest.raises(StoreError, match='different recipes'): labelled_loaders([tmp_path/'raw', folders[0]])
+    assert Stores([folders[2], tmp_path/'same']).cohorts == ['lab', 'same']          # another name for the same
+
 def test_what_cannot_be(stores, folders, split):
     with pytest.raises(StoreError, match='one store'): Stores([])
+    with pytest.raises(StoreError, match='named by its folder'): Stores(3)
+    for wrong in ([], {}, 0, [split], stores.nights):
+        for make in (labelled_loaders, pretraining_loaders):
+            with pytest.raises(SplitError, match='this is no split'): make(stores, wrong)
+    with pytest.raises(SplitError, match='cannot be read'): labelled_loaders(stores, '')
     with pytest.raises(StoreError, match='one store'): Stores([folders[0]]*2)
     with pytest.raises(StoreError, match="expected proportional or equal or homogeneous; found 'equl'"): labelled_loaders(stores, split, mix='equl')
     with pytest.raises(StoreError, match='found ECG'): labelled_loaders(stores, split, modalities=('EEG', 'ECG'))

@@ -29,7 +29,7 @@ def night_tables(draw, least=3, most=15, cohorts=3):
     "Some cohorts of at least `least` subjects, each with one to three nights, in any order of rows."
     rows = []
     for cohort in draw(st.lists(plain | st.sampled_from(ODD), min_size=1, max_size=cohorts, unique=True)):
-        for subject in draw(st.lists(ids, min_size=least, max_size=most, unique_by=str)):
+        for subject in draw(st.lists(ids, min_size=least, max_size=most, unique_by=lambda s: splits._bare(str(s)))):
             rows += [(cohort, subject, night) for night in range(draw(st.integers(1, 3)))]
     order = np.random.default_rng(draw(seeds)).permutation(len(rows))
     return pd.DataFrame([rows[i] for i in order], columns=['cohort', 'subject', 'night'])
@@ -319,6 +319,27 @@ def test_bad_tables_and_numbers():
     for column,dtype in {('stage', float), ('epoch', float), ('epoch', str), ('stage', bool)}:
         with pytest.raises(SplitError): label_budget(epochs.astype({column: dtype}), .5)
     with pytest.raises(SplitError, match='the same row occurs twice'): label_budget(pd.concat([epochs, epochs]), .5)
+
+def test_one_subject_under_two_spellings():
+    "Among ids that are two texts and one person, no way to make a split lets both in."
+    for a,b in (('1', '01'), (1, '01'), ('007', '7'), ('S1', 's1'), ('sub-1', 'sub-01'), ('é', 'e\u0301'), ('Ａ', 'a')):
+        table = pd.DataFrame(dict(cohort='x', subject=['p', 'q', a, 'r', b, 't'], night=1))
+        for make in (lambda: holdout_split(table), lambda: kfold_splits(table, 3), lambda: Split([('x', a)], [('x', 'p')], [('x', b)]),
+                     lambda: Split([('x', a), ('x', b)], [('x', 'p')], [('x', 'q')])):
+            with pytest.raises(SplitError, match=f'cohort x: two ids look like one subject .*({a} and {b}|{b} and {a})'): make()
+    Split([('x', '1'), ('x', '10'), ('x', '100')], [('y', '01')], [('x', '0'), ('x', 'S1'), ('x', '11')])
+
+def test_what_is_no_table():
+    from types import SimpleNamespace
+    split = holdout_split(NIGHTS)
+    assert holdout_split(SimpleNamespace(nights=NIGHTS)) == split
+    assert kfold_splits(SimpleNamespace(nights=NIGHTS), 3) == kfold_splits(NIGHTS, 3)
+    for wrong in (None, 3, 'store', [1], {'a': 1}, NIGHTS.subject, SimpleNamespace(nights=3)):
+        for call in (lambda: holdout_split(wrong), lambda: kfold_splits(wrong), lambda: split.part_of(wrong), lambda: split.select(wrong, 'test'),
+                     lambda: label_budget(wrong, .5)):
+            with pytest.raises(SplitError, match='this is no table'): call()
+    with pytest.raises(SplitError, match='names no subjects'): Split(None, [('x', 1)], [('x', 2)])
+    with pytest.raises(SplitError, match="does not name a subject.*found 'x'"): Split({'x': ['1']}, [('x', 1)], [('x', 2)])
 
 def test_leaks_are_named():
     split = Split([('x', s) for s in 'abc'], [('x', 'd')], [('x', 'e'), ('x', 'f')])

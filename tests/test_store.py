@@ -1,5 +1,5 @@
 """A store is whole after kill -9, with two processes at once, and whatever its files suffer."""
-import hashlib, json, os, random, signal, subprocess, sys, time, warnings
+import hashlib, json, os, random, signal, stat, subprocess, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from sleepnb.core import RecordingError, StoreError
+from sleepnb.data import store as store_module
 from sleepnb.data.preprocess import filter_resample, to_epochs
 from sleepnb.data.psg import Night, read_night, sample_files
 from sleepnb.data.store import Cohort, EpochStore, Whole, prepare
@@ -21,6 +22,23 @@ def read_synth(row):
     if row['subject'] == 'bug': raise ZeroDivisionError('a mistake in a reader')
     made = synth_night(['C3-M2', 'Chin'], n_epochs=row.get('epochs', 20), subject=row['subject'], night=row['night'])
     return Night(list(made.x), [100]*2, [parse_channel(c) for c in ('C3-M2', 'Chin')], made.stages, missing=('O1-M2',))
+
+def read_file(row):
+    "Noise; the first byte of the recording says how loud it is, and that of the hypnogram which stage all epochs have."
+    loud,stage = (Path(row[k]).read_bytes()[0] for k in ('recording', 'hypnogram'))
+    x = np.random.default_rng(0).normal(scale=loud, size=10*3000).astype(np.float32)
+    return Night([x], [100], [parse_channel('C3-M2')], np.full(10, stage, np.int8), missing=())
+
+def files_cohort(folder, subjects):
+    "A recording and a hypnogram for each subject, and the cohort that reads them."
+    rows = []
+    for i,s in enumerate(subjects):
+        paths = {k: folder/f'{s}.{k}' for k in ('recording', 'hypnogram')}
+        if not paths['recording'].exists():
+            paths['recording'].write_bytes(bytes([20 + i]))
+            paths['hypnogram'].write_bytes(bytes([2]))
+        rows.append(dict(subject=s, night=1) | {k: str(p) for k,p in paths.items()})
+    return Cohort('files', pd.DataFrame(rows), ('C3-M2',), read_file)
 
 def cohort(subjects, name='example', **columns):
     return Cohort(name, pd.DataFrame(dict(subject=subjects, night=1, **columns)), CHANNELS, read_synth)
@@ -63,6 +81,14 @@ def undisturbed(tmp_path_factory):
     assert start(store).wait() == 0
     return contents(store)
 
+def assert_whole(store, undisturbed):
+    "What a reader would find in the store, finished or not, is what it would find in one that was never disturbed."
+    for record in (store/'nights').glob('*.json'):
+        for path in (record, record.with_suffix('.npy')):
+            assert path.exists(), f'{path} is not there'
+            name = path.relative_to(store).as_posix()
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == undisturbed[name], f'{path} is not whole'
+
 def test_killed_at_thirty_moments(tmp_path, undisturbed):
     "Each time the process is killed while it writes, at a random moment; what is resumed equals what was never disturbed."
     random.seed(0)
@@ -78,10 +104,71 @@ def test_killed_at_thirty_moments(tmp_path, undisturbed):
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            for record in (store/'nights').glob('*.json'): json.loads(record.read_text())   # what is there is whole
+            assert_whole(store, undisturbed)
         process = start(store)
         assert process.wait() == 0, process.stderr.read()
         assert contents(store) == undisturbed
+
+DYING = """
+import os, pathlib, signal, sys
+sys.path.insert(0, {tests!r})
+from test_store import cohort
+from sleepnb.data import store
+
+class Dying:
+    "A file; when so many bytes have been written to all files together, the process is killed."
+    left = 0
+    def __init__(self, path): self.file = open(path, 'wb')
+    def write(self, raw):
+        raw = bytes(raw)
+        self.file.write(raw[:Dying.left])
+        if len(raw) > Dying.left:
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        Dying.left -= len(raw)
+    def flush(self): self.file.flush()
+    def fileno(self): return self.file.fileno()
+    def __enter__(self): return self
+    def __exit__(self, *args): self.file.close()
+
+def plain(path, save):
+    with path.open('wb') as f: save(f)
+
+if {plainly!r}: store._write = plain
+pathlib.Path.open = lambda path, *args, **kwargs: Dying(path) if args == ('wb',) else open(path, *args, **kwargs)
+wanted = cohort([f's{{i}}' for i in range(12)])
+for moment in {moments!r}:
+    child = os.fork()
+    if not child:
+        Dying.left = moment
+        store.prepare(wanted, pathlib.Path({folder!r})/str(moment), progress=False)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] != signal.SIGKILL: sys.exit(f'not killed after {{moment}} bytes')
+"""
+
+def killed_after(folder, moments, plainly=False):
+    "Stores whose processes were killed after so many written bytes."
+    script = DYING.format(tests=str(Path(__file__).parent), folder=str(folder), moments=moments, plainly=plainly)
+    run = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return [folder/str(m) for m in moments]
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='a process must be able to fork')
+def test_killed_within_any_file(tmp_path, undisturbed):
+    "Killed in the middle of the manifest, of arrays and of records. The last line shows that this test would notice plain writing."
+    night = 20 * len(CHANNELS) * 6004
+    records = [night + n for n in range(600, 2400, 200)]            # after the manifest and one array: within its record
+    moments = [0, 100, night//2, *records, *np.random.default_rng(0).integers(2*night, 6*night, 4).tolist()]
+    for store in killed_after(tmp_path/'atomic', moments):
+        assert_whole(store, undisturbed)
+        if int(store.name) in records[1:]: continue                 # resumed from nearly the same
+        prepare(cohort([f's{i}' for i in range(12)]), store, progress=False)
+        assert contents(store) == undisturbed
+    lost = 0
+    for store in killed_after(tmp_path/'plain', records, plainly=True):
+        try: assert_whole(store, undisturbed)
+        except AssertionError: lost += 1
+    assert lost > 0
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     from sleepnb.data.store import _write
@@ -99,6 +186,25 @@ def test_only_our_own_leftovers_are_swept(tmp_path):
     for name in ('thesis.tmp', 'nights/x.99999999.tmp', 'nights/a.npy.99999999.tmp'): (tmp_path/name).write_text('')
     prepare(cohort(['a']), tmp_path, progress=False)
     assert sorted(p.name for p in tmp_path.rglob('*.tmp')) == ['thesis.tmp', 'x.99999999.tmp']
+
+def test_leftovers_where_processes_cannot_be_asked(tmp_path, monkeypatch):
+    prepare(cohort(['a']), tmp_path, progress=False)
+    for name,days in (('old', 2), ('young', .5)):
+        path = tmp_path/'nights'/f'{name}.npy.{os.getpid()}.tmp'
+        path.write_text('')
+        os.utime(path, (time.time() - days*86400,)*2)
+    monkeypatch.setattr(store_module, '_CAN_ASK', False)
+    prepare(cohort(['a']), tmp_path, progress=False)
+    assert [p.name[:5] for p in (tmp_path/'nights').glob('*.tmp')] == ['young']
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows cannot flush a folder')
+def test_a_renaming_is_flushed_before_the_next(tmp_path, monkeypatch):
+    done = []
+    flush,rename = os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda f: (done.append('folder' if stat.S_ISDIR(os.fstat(f).st_mode) else 'file'), flush(f)))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (done.append('rename'), rename(a, b)))
+    prepare(cohort(['a']), tmp_path, progress=False)
+    assert done == ['file', 'rename', 'folder'] * 3                 # manifest, array, record
 
 def test_two_at_once(tmp_path, undisturbed):
     for jobs in (1, 2):
@@ -125,6 +231,92 @@ def test_what_differs_is_refused(tmp_path, change, what):
     with pytest.raises(StoreError, match=what): prepare(changed, tmp_path, progress=False)
     with pytest.raises(StoreError, match='recipe'): prepare(first, tmp_path, 'mtssrl', progress=False)
     assert len(prepare(cohort(['a', 'b']), tmp_path, progress=False).nights) == 2    # more nights of the same are welcome
+
+def test_a_store_shows_the_nights_of_its_cohort(tmp_path):
+    "The whole dataset is prepared first, and then a part of it into the same folder; and the other way round."
+    for first,second in (('abcd', 'bc'), ('bc', 'abcd')):
+        folder = tmp_path/first
+        for subjects in (first, second):
+            store = prepare(cohort([*subjects]), folder, progress=False)
+            assert store.nights.subject.tolist() == [*subjects] and len(store) == 20*len(subjects)
+            assert {*store.epochs.subject} == {*subjects}
+        assert EpochStore(folder).nights.subject.tolist() == [*'abcd']
+        store = prepare(cohort(['b', 'c']), folder, progress=False)
+        rows = np.flatnonzero(EpochStore(folder).epochs.subject == 'c')
+        assert np.array_equal(store.read(np.arange(20, 40)), EpochStore(folder).read(rows))
+
+def test_failures_of_other_nights_are_kept(tmp_path):
+    prepare(cohort(['a', 'broken', 'bug']), tmp_path, progress=False)
+    assert prepare(cohort(['a']), tmp_path, progress=False).failed == {}
+    assert len(EpochStore(tmp_path).failed) == 2
+    assert len(prepare(cohort(['a', 'bug']), tmp_path, progress=False).failed) == 1
+
+def test_changed_files_are_prepared_again(tmp_path):
+    "Also when name, length and time of modification are as before; other nights stay as they are."
+    files = files_cohort(tmp_path, 'abc')
+    store = prepare(files, tmp_path/'store', progress=False)
+    before = contents(tmp_path/'store')
+    hypnogram = Path(files.nights.hypnogram[1])
+    times = hypnogram.stat()
+    hypnogram.write_bytes(bytes([3]))
+    os.utime(hypnogram, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.warns(UserWarning, match='1 nights .* are prepared again.*b_1-'):
+        store = prepare(files, tmp_path/'store', progress=False)
+    assert store.stages.reshape(3, 10).tolist() == [[2]*10, [3]*10, [2]*10]
+    assert {k.split('/')[-1][:2] for k,v in contents(tmp_path/'store').items() if v != before[k]} == {'b_'}
+    Path(files.nights.recording[0]).write_bytes(bytes([40]))
+    with pytest.warns(UserWarning, match='a_1-'): again = prepare(files, tmp_path/'store', progress=False)
+    assert again.read([0]).std() > 1.8*store.read([10]).std()
+
+def test_unchanged_files_are_not_read_again(tmp_path, monkeypatch, recwarn):
+    files = files_cohort(tmp_path, 'abc')
+    prepare(files, tmp_path/'store', progress=False)
+    before,read = contents(tmp_path/'store'), []
+    checksum = store_module._checksum
+    monkeypatch.setattr(store_module, '_checksum', lambda path: (read.append(path.name), checksum(path))[1])
+    for path in tmp_path.glob('a.*'): path.touch()                  # as after copying: younger, and the same
+    for expected in (['a.recording', 'a.hypnogram'], []):
+        read.clear()
+        prepare(files, tmp_path/'store', progress=False)
+        assert read == expected
+    assert contents(tmp_path/'store') == before and not recwarn.list
+
+def test_killed_while_it_prepares_again(tmp_path):
+    "Never old stages beside new signals."
+    files = files_cohort(tmp_path, 'ab')
+    prepare(files, tmp_path/'store', progress=False)
+    for path in tmp_path.glob('a.*'): path.write_bytes(bytes([4]))
+    killed = replace(files, read=lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.warns(UserWarning), pytest.raises(KeyboardInterrupt): prepare(killed, tmp_path/'store', progress=False)
+    assert EpochStore(tmp_path/'store').nights.subject.tolist() == ['b']
+    assert prepare(files, tmp_path/'store', progress=False).nights.subject.tolist() == ['a', 'b']
+
+def test_channels_are_compared_by_what_they_are(tmp_path):
+    first = cohort(['a'])
+    store = prepare(first, tmp_path, progress=False)
+    other = prepare(replace(first, wanted=('C3-A2', 'EEG O1-A2', 'EMG chin')), tmp_path, progress=False)
+    assert other.manifest == store.manifest and other.channels == store.channels == CHANNELS
+    manifest = json.loads((tmp_path/'manifest.json').read_text())
+    (tmp_path/'manifest.json').write_text(json.dumps(manifest | dict(channels=['C3-A2', 'O1-A2', 'Chin'])))   # an older one
+    assert prepare(first, tmp_path, progress=False).channels == CHANNELS
+
+def test_arguments_that_cannot_be(tmp_path):
+    store = prepare(cohort(['a']), tmp_path/'s', progress=False)
+    (tmp_path/'file').write_text('')
+    def refused(what, call):
+        with pytest.raises(StoreError, match=what): call()
+    for jobs in (0, 1.5, None, '2'): refused('number of processes', lambda: prepare(cohort(['a']), tmp_path/'t', jobs=jobs))
+    for swapped in (tmp_path/'s', store, str(tmp_path/'s')): refused('only a cohort', lambda: prepare(swapped, cohort(['a'])))
+    for folder in (cohort(['a']), store, None, 3): refused('named by its folder', lambda: prepare(cohort(['a']), folder))
+    for other in (store, None, 3): refused('named by its folder', lambda: EpochStore(other))
+    refused('this is a file', lambda: prepare(cohort(['a']), tmp_path/'file'))
+    refused('this is a file', lambda: EpochStore(tmp_path/'file'))
+    refused('no such folder', lambda: EpochStore(tmp_path/'nothing'))
+    refused('found 0 rows', lambda: prepare(cohort([]), tmp_path/'t'))
+    for rows in (0, [0.], [[0]], [True], None, 'a', ['0']): refused('asked for by their numbers', lambda: store.read(rows))
+    for rows in ([-1], [20], np.array([2**63], np.uint64)): refused('no such epoch', lambda: store.read(rows))
+    assert store.read([]).shape == (0, 3, 3000)
+    assert not (tmp_path/'t').exists()
 
 def test_every_epoch_comes_back(tmp_path):
     store = prepare(cohort(['a', 'b/c', 'b-c', 'ü'], epochs=[3, 5, 7, 1]), tmp_path, progress=False)
@@ -165,15 +357,27 @@ def test_a_lost_array_is_prepared_again(tmp_path):
     prepare(cohort(['a', 'b']), tmp_path/'s', progress=False)
     next((tmp_path/'s'/'nights').glob('a*.npy')).unlink()
     with pytest.raises(StoreError, match='cannot be read'): EpochStore(tmp_path/'s')
-    assert len(prepare(cohort(['a', 'b']), tmp_path/'s', progress=False)) == 40
+    with pytest.warns(UserWarning, match='a_1-'): assert len(prepare(cohort(['a', 'b']), tmp_path/'s', progress=False)) == 40
+
+def test_an_array_of_another_length_is_prepared_again(tmp_path):
+    "Opening and preparing agree on what is whole."
+    prepare(cohort(['a', 'b']), tmp_path, progress=False)
+    array = next((tmp_path/'nights').glob('a*.npy'))
+    whole = array.read_bytes()
+    for raw in (whole + b'x', whole[:-1], whole + whole[:6004], whole[:-3*6004], b''):
+        array.write_bytes(raw)
+        with pytest.raises(StoreError, match='cannot be read'): EpochStore(tmp_path)
+        with pytest.warns(UserWarning, match='a_1-'): prepare(cohort(['a', 'b']), tmp_path, progress=False)
+        assert array.read_bytes() == whole
 
 def test_damaged_stores_say_so(tmp_path):
-    prepare(cohort(['a']), tmp_path, progress=False)
+    prepare(cohort(['a', 'broken']), tmp_path, progress=False)
     array = next((tmp_path/'nights').glob('*.npy'))
     record = next((tmp_path/'nights').glob('*.json'))
     for path,raw,match in ((array, array.read_bytes()[:5000], 'cannot be read'), (array, b'', 'cannot be read'),
                            (record, b'{}', 'cannot be read'), (record, record.read_bytes()[:50], 'cannot be read'),
-                           (tmp_path/'manifest.json', b'{"format": 99}', 'another format'), (tmp_path/'manifest.json', b'x', 'no store')):
+                           (tmp_path/'manifest.json', b'{"format": 99}', 'another format'), (tmp_path/'manifest.json', b'x', 'no store'),
+                           (tmp_path/'failed.json', b'{', 'no store')):
         whole = path.read_bytes()
         path.write_bytes(raw)
         with pytest.raises(StoreError, match=match): EpochStore(tmp_path).read([0])

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'Split', 'holdout_split', 'kfold_splits', 'label_budget', 'check_no_leak', 'check_unseen']
 
-# %% ../../nbs/140_data.splits.ipynb #77cad6d1
+# %% ../../nbs/140_data.splits.ipynb #e17841f0
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from hashlib import blake2b
 from numbers import Integral
 from operator import index
 from pathlib import Path
+from unicodedata import normalize
 from uuid import uuid4
 
 import numpy as np
@@ -65,13 +67,16 @@ def _integers(
                          remedy=f'Convert it: table.astype({{"{column}": int}}).')
     return values.to_numpy(dtype=np.int64)
 
-# %% ../../nbs/140_data.splits.ipynb #10b753d4
+# %% ../../nbs/140_data.splits.ipynb #d7f58e09
 def _tidy(
     table:pd.DataFrame,  # one row per night or epoch
     columns:list[str],   # those that are needed
     once:bool=True,      # must `columns`, without `stage`, differ in every row?
 )->pd.DataFrame:         # these columns, rows numbered from 0: ids as text, epochs and stages as integers
     "Takes from a table what a split needs, or says what is wrong with it."
+    if not isinstance(table, pd.DataFrame):
+        raise SplitError('this is no table', expected='a DataFrame', found=type(table).__name__,
+                         remedy='A store has two: store.nights and store.epochs.')
     if absent := [c for c in columns if c not in table]:
         raise SplitError(f'the table has no column {", ".join(absent)}', expected=', '.join(columns),
                          found=', '.join(map(str, table.columns)) or 'no columns',
@@ -127,12 +132,14 @@ def _read(
         raise error('the split was changed after it was saved', f'content with the id {noted}', f'id {digest}')
     return content
 
-# %% ../../nbs/140_data.splits.ipynb #396ab92c
+# %% ../../nbs/140_data.splits.ipynb #18c6f651
 def _pairs(
     subjects:pd.DataFrame|Iterable, # a table, or pairs of cohort and subject
 )->tuple[tuple[str, str], ...]:     # each once, sorted
     if isinstance(subjects, pd.DataFrame):
         subjects = _tidy(subjects, _ID, once=False).drop_duplicates().itertuples(index=False, name=None)
+    if not isinstance(subjects, Iterable):
+        raise SplitError('this names no subjects', expected='pairs of cohort and subject', found=repr(subjects))
     pairs = set()
     for s in subjects:
         pair = tuple(map(_text, s)) if isinstance(s, (tuple, list)) else ()
@@ -151,6 +158,27 @@ def _names(
     named = ['/'.join(p) for p in sorted(pairs)]
     return ', '.join(named[:most]) + (f' and {len(named) - most} more' if len(named) > most else '')
 
+# %% ../../nbs/140_data.splits.ipynb #9851bfba
+def _bare(subject:str)->str:
+    "What is left of an id without capitals, leading zeros and ways to write one letter."
+    return re.sub(r'(?<!\d)0+(?=\d)', '', normalize('NFKC', subject).casefold())
+
+def _check_parts(
+    parts:dict[str, tuple[tuple[str, str], ...]], # part → (cohort, subject)
+):
+    "Is somebody in each part, and nobody in two, under whatever spelling?"
+    if empty := [p for p,pairs in parts.items() if not pairs]:
+        raise SplitError('a part of the split is empty', found=f'nobody in {", ".join(empty)}')
+    times = Counter(pair for pairs in parts.values() for pair in pairs)
+    if twice := [pair for pair,n in times.items() if n > 1]:
+        raise SplitError('a subject is in more than one part', expected='each in one', found=_names(twice))
+    spelled = {}
+    for cohort,subject in times:
+        other = spelled.setdefault((cohort, _bare(subject)), subject)
+        if other != subject:
+            raise SplitError('two ids look like one subject', where=f'cohort {cohort}', found=f'{other} and {subject}',
+                             remedy='Write them alike everywhere; if they are two people, rename one of them.')
+
 # %% ../../nbs/140_data.splits.ipynb #765e2f0b
 def _by_cohort(
     pairs:tuple[tuple[str, str], ...], # (cohort, subject)
@@ -159,7 +187,7 @@ def _by_cohort(
 
 def _from_cohorts(subjects): return [(c, s) for c,names in subjects.items() for s in names]
 
-# %% ../../nbs/140_data.splits.ipynb #bd4cd6e1
+# %% ../../nbs/140_data.splits.ipynb #c4ad0e81
 @dataclass(frozen=True, repr=False)
 class Split:
     """Which subjects train, validate and are tested; nobody is in two parts, and no part is empty.
@@ -175,13 +203,9 @@ class Split:
 
     def __post_init__(self):
         for p in PARTS: object.__setattr__(self, p, _pairs(getattr(self, p)))
-        if empty := [p for p in PARTS if not getattr(self, p)]:
-            raise SplitError('a part of the split is empty', found=f'nobody in {", ".join(empty)}')
+        _check_parts({p: getattr(self, p) for p in PARTS})
         for n in ('seed', 'fold', 'k'): # JSON takes no numpy integers
             if (value := getattr(self, n)) is not None: object.__setattr__(self, n, index(value))
-        times = Counter(self.train + self.valid + self.test)
-        if twice := [pair for pair,n in times.items() if n > 1]:
-            raise SplitError('a subject is in more than one part', expected='each in one', found=_names(twice))
         if (self.fold is None) != (self.k is None) or not 0 <= (self.fold or 0) < (self.k or 1):
             raise SplitError('no such fold', expected='0 to k−1', found=f'fold {self.fold}, k {self.k}')
 
@@ -255,12 +279,12 @@ def _count(
 )->int:          # rounded half up, at least 1
     return max(1, int(round(share*n, 9) + .5)) # 9 digits, because .145*100 is 14.499999999999998
 
-# %% ../../nbs/140_data.splits.ipynb #dfbdb931
+# %% ../../nbs/140_data.splits.ipynb #fda2103e
 def _shuffle(
-    nights:pd.DataFrame, # one row per night: `cohort`, `subject`, `night`
+    nights:pd.DataFrame, # one row per night: `cohort`, `subject`, `night`; or a store, which has such a table
     seed:int,
 )->dict[str, list[str]]: # cohort → its subjects, shuffled
-    tidy = _tidy(nights, _NIGHT)
+    tidy = _tidy(nights if isinstance(nights, pd.DataFrame) else getattr(nights, 'nights', nights), _NIGHT)
     if tidy.empty: raise SplitError('there is nobody to split', expected='one row per night', found='no rows')
     cohorts = {c: sorted(set(rows.subject)) for c,rows in tidy.groupby('cohort')}
     return {c: [ids[i] for i in rng('split', c, seed).permutation(len(ids))] for c,ids in cohorts.items()}
@@ -282,14 +306,14 @@ def _deal(
 
 def _join(dealt): return {p: [pair for parts in dealt for pair in parts[p]] for p in PARTS}
 
-# %% ../../nbs/140_data.splits.ipynb #ae3a39ff
+# %% ../../nbs/140_data.splits.ipynb #9b1ee243
 def _check_share(name, share):
     if 0 < share < 1: return
     raise SplitError(f'{name} is a share of the subjects', expected='more than 0 and less than 1',
                      found=repr(share), remedy='20 % is 0.2.')
 
 def holdout_split(
-    nights:pd.DataFrame, # one row per night: `cohort`, `subject`, `night`; any number of cohorts
+    nights:pd.DataFrame, # one row per night: `cohort`, `subject`, `night`; any number of cohorts; or a store
     seed:int=0,          # another seed is another split
     test:float=.2,       # share of the subjects
     valid:float=.2,      # share of those who are not tested
@@ -302,9 +326,9 @@ def holdout_split(
     dealt = [_deal(c, s, _count(test, len(s)), valid) for c,s in _shuffle(nights, seed).items()]
     return Split(**_join(dealt), name='holdout', seed=seed)
 
-# %% ../../nbs/140_data.splits.ipynb #2b1ee027
+# %% ../../nbs/140_data.splits.ipynb #1efdb97d
 def kfold_splits(
-    nights:pd.DataFrame, # one row per night: `cohort`, `subject`, `night`; any number of cohorts
+    nights:pd.DataFrame, # one row per night: `cohort`, `subject`, `night`; any number of cohorts; or a store
     k:int=5,             # number of folds, at least 2
     seed:int=0,          # another seed is another shuffling
     valid:float=.2,      # share of those who are not tested

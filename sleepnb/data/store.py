@@ -6,15 +6,18 @@
 __all__ = ['RECIPES', 'STORED', 'FORMAT', 'Recipe', 'preprocess_night', 'Whole', 'Cohort', 'EpochStore', 'compare_counts',
            'prepare']
 
-# %% ../../nbs/120_data.store.ipynb #ba35c0d9
+# %% ../../nbs/120_data.store.ipynb #9d58c0b1
 import hashlib
 import json
 import os
 import re
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +105,16 @@ def _quantise(
     made['x'] = np.round(x / made['step'][..., None])
     return made
 
-# %% ../../nbs/120_data.store.ipynb #d2d5e840
+# %% ../../nbs/120_data.store.ipynb #83a073f9
+def _sync(
+    folder:Path,
+):
+    "What was renamed in the folder stays so, even after a power cut; Windows has no such call."
+    if os.name == 'nt': return
+    opened = os.open(folder, os.O_RDONLY)
+    try: os.fsync(opened)
+    finally: os.close(opened)
+
 def _write(
     path:Path,
     save:Callable, # writes to an open binary file
@@ -114,6 +126,22 @@ def _write(
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+    _sync(path.parent)
+
+def _write_json(path:Path, content:dict): _write(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
+
+# %% ../../nbs/120_data.store.ipynb #47fee443
+_CAN_ASK = os.name == 'posix'
+
+def _is_abandoned(
+    temporary:Path,
+    pid:int,        # of the process that wrote it
+)->bool:
+    if not _CAN_ASK: return time.time() - temporary.stat().st_mtime > 24*3600
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return True
+    except PermissionError: pass             # it lives, and is somebody else's
+    return False
 
 def _sweep(
     folder:Path,
@@ -121,12 +149,15 @@ def _sweep(
     "Removes what processes that are no more had begun to write."
     for temporary in [*folder.glob('*.tmp'), *(folder/'nights').glob('*.tmp')]:
         ours = re.search(r'\.(npy|json)\.(\d+)\.tmp$', temporary.name)
-        if not ours or os.name == 'nt': continue        # Windows cannot be asked whether a process lives
-        try: os.kill(int(ours[2]), 0)
-        except ProcessLookupError: temporary.unlink(missing_ok=True)
-        except PermissionError: pass                    # it lives, and is somebody else's
+        with suppress(FileNotFoundError):    # it may be renamed meanwhile
+            if ours and _is_abandoned(temporary, int(ours[2])): temporary.unlink()
 
-def _write_json(path:Path, content:dict): _write(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
+# %% ../../nbs/120_data.store.ipynb #8b8bfcba
+def _stem(row:dict)->str:
+    "A file name for a night, safe on any system, different for different nights."
+    text = f'{row["subject"]}_{row["night"]}'
+    safe = ''.join(c if c.isascii() and (c.isalnum() or c in '-_') else '-' for c in text)
+    return f'{safe}-{hashlib.sha256(json.dumps([str(row["subject"]), str(row["night"])]).encode()).hexdigest()[:6]}'
 
 def _checksum(
     path:str|Path,
@@ -142,7 +173,53 @@ def _sources(
 def _stages_as_text(stages:np.ndarray)->str: return ''.join(str(int(s) + 1) for s in stages) # 0 is unscored
 def _stages_from_text(text:str)->np.ndarray: return np.frombuffer(text.encode(), np.uint8).astype(np.int8) - 49
 
-# %% ../../nbs/120_data.store.ipynb #83af4df6
+def _read_record(path:Path)->dict: # what `_prepare_night` wrote
+    try:
+        record = json.loads(path.read_text())
+        return record | dict(stages=_stages_from_text(record['stages']), file=path.with_suffix('.npy'))
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError('this night cannot be read', where=path, found=f'{type(error).__name__}: {error}',
+                         remedy='Delete it and prepare again.') from error
+
+# %% ../../nbs/120_data.store.ipynb #6f7ef7cc
+def _begin(
+    array:Path,
+    epochs:int,
+    channels:int,
+)->int|None: # the byte at which the first epoch begins; `None` when the file is not there or has another length
+    size = array.stat().st_size if array.exists() else 0
+    header = size - epochs * channels * STORED.itemsize
+    return header if 64 <= header <= 1024 and header % 64 == 0 else None
+
+def _have_changed(
+    sources:list[Path],
+    record:Path,           # of the night made from them
+    checksums:list[str],   # of the sources, as it has them
+)->bool:
+    stats = [o.stat() for o in sources]
+    if all(max(s.st_mtime_ns, s.st_ctime_ns) < record.stat().st_mtime_ns for s in stats): return False
+    if [_checksum(o) for o in sources] != checksums: return True
+    with suppress(OSError): record.touch() # the next time they need not be read; a store may be write-protected
+    return False
+
+def _is_done(
+    cohort:Cohort,
+    row:dict,      # of `cohort.nights`
+    folder:Path,
+    stem:str,      # name of the files
+)->bool:
+    "Is this night there, whole, and up to date? Raises `StoreError` when it was prepared from other files."
+    record = folder/f'{stem}.json'
+    if not record.exists(): return False
+    found,sources = _read_record(record), _sources(row)
+    names,before = [o.name for o in sources], [name for name,_ in found['sources']]
+    if names != before:
+        raise StoreError('this night was prepared from other files', where=record, expected=', '.join(names),
+                         found=', '.join(before), remedy='Prepare into another folder.')
+    if _begin(found['file'], len(found['stages']), len(cohort.wanted)) is None: return False
+    return not _have_changed(sources, record, [checksum for _,checksum in found['sources']])
+
+# %% ../../nbs/120_data.store.ipynb #d4a53b6c
 def _prepare_night(
     cohort:Cohort,
     row:dict,          # of `cohort.nights`
@@ -150,8 +227,9 @@ def _prepare_night(
     folder:Path,
     stem:str,          # name of the files
 )->str|None:           # why it failed, or `None`
-    "Reads, preprocesses and writes one night."
+    "Reads, preprocesses and writes one night, unless another process has done so meanwhile."
     try:
+        if _is_done(cohort, row, folder, stem): return None
         night = cohort.read(row)
         x,there,keep = preprocess_night(night, cohort.wanted, recipe, cohort.crop_wake_min)
         median,scale = robust_stats(np.moveaxis(x, 1, 0).reshape(len(cohort.wanted), -1))
@@ -166,37 +244,96 @@ def _prepare_night(
 # %% ../../nbs/120_data.store.ipynb #e092b09a
 FORMAT = 1 # of stores; it changes when an older store can no longer be read
 
-# %% ../../nbs/120_data.store.ipynb #fc561fc7
-def _read_manifest(path:Path)->dict:
-    try: found = json.loads(path.read_text())
+# %% ../../nbs/120_data.store.ipynb #fc1dc996
+def _folder(
+    path:str|Path,
+)->Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise StoreError('a store is named by its folder', expected='a path', found=type(path).__name__)
+    path = Path(path).expanduser()
+    if path.is_file(): raise StoreError('this is a file, and a store is a folder', where=path, remedy='Name a folder.')
+    return path
+
+def _read_json(path:Path)->dict:
+    try: return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise StoreError('this is no store', where=path, found=str(error),
+        raise StoreError('this is no store', where=path, found=str(error) if path.parent.exists() else 'no such folder',
                          remedy='Name a folder that sleepnb prepared.') from error
+
+def _canonical(channels:Iterable[str])->list[str]: return [parse_channel(c).name for c in channels]
+
+def _read_manifest(folder:Path)->dict:
+    found = _read_json(path := folder/'manifest.json')
     if not isinstance(found, dict) or found.get('format') != FORMAT:
         raise StoreError('this store has another format', where=path, expected=str(FORMAT), found=repr(found)[:60],
                          remedy='Prepare it again with this version of sleepnb.')
-    return found
+    return found | dict(channels=_canonical(found['channels']))
 
-def _read_record(path:Path)->dict: # what `_prepare_night` wrote
-    try:
-        record = json.loads(path.read_text())
-        return record | dict(stages=_stages_from_text(record['stages']), file=path.with_suffix('.npy'))
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError('this night cannot be read', where=path, found=f'{type(error).__name__}: {error}',
-                         remedy='Delete it and prepare again.') from error
+def _read_failed(folder:Path)->dict[str, str]: # night → why it is not here
+    path = folder/'failed.json'
+    return _read_json(path) if path.exists() else {}
 
+# %% ../../nbs/120_data.store.ipynb #520199e4
+def _check_twins(
+    records:list[dict],
+    where:Path,
+):
+    first = {}
+    for r in records:
+        if not r['sources']: continue
+        name,checksum = r['sources'][0]
+        twin = first.setdefault(checksum, r)
+        if twin is not r:
+            raise StoreError('the same recording is there twice', where=where, remedy='Delete one of the two nights.',
+                found=f'{twin["sources"][0][0]} of subject {twin["subject"]}, {name} of subject {r["subject"]}')
+
+# %% ../../nbs/120_data.store.ipynb #0976ca68
+def _place(
+    record:dict,
+    channels:int,
+)->tuple[str, int]: # file of the night, and the byte at which its first epoch begins
+    file,epochs = record['file'], len(record['stages'])
+    if (begin := _begin(file, epochs, channels)) is None:
+        raise StoreError('the signals of a night cannot be read', where=file,
+            expected=f'{epochs * channels * STORED.itemsize} bytes and a header',
+            found=f'{file.stat().st_size} bytes' if file.exists() else 'no file', remedy='Delete its files and prepare again.')
+    return str(file), begin
+
+def _read_night(
+    place:tuple[str, int], # file, and where its first epoch begins
+    numbers:np.ndarray,    # which epochs of the night, from 0, `(n,)`
+    made:np.ndarray,       # `(b, channels, 3000)`, float32: filled with µV
+    at:np.ndarray,         # at these places, `(n,)`
+):
+    "Reads some epochs of one night."
+    file,begin = place
+    one = np.empty(made.shape[1], STORED)                       # an epoch
+    with open(file, 'rb', buffering=0) as f:
+        for number,k in zip(numbers, at):
+            f.seek(begin + int(number) * one.nbytes)
+            if f.readinto(one.view(np.uint8)) != one.nbytes:
+                raise StoreError('the signals of a night were cut off', where=file, remedy='Prepare it again.')
+            np.multiply(one['x'], one['step'][:, None], out=made[k])
+
+# %% ../../nbs/120_data.store.ipynb #2683b54e
 class EpochStore:
     "The epochs of prepared nights, read from disk when they are asked for."
     def __init__(self,
         path:str|Path,
+        only:Iterable[str]|None=None, # names of nights' files, without ending, to leave out the others; `None`: all
     ):
-        self.path = Path(path).expanduser()
-        failed = self.path/'failed.json'
-        self.failed = json.loads(failed.read_text()) if failed.exists() else {}       # night → why it is not here
-        self.manifest = _read_manifest(self.path/'manifest.json')
-        records = [_read_record(p) for p in sorted((self.path/'nights').glob('*.json'))]
-        if not records: raise StoreError('the store holds no night', where=self.path, remedy='Prepare one.')
+        self.path = _folder(path)
+        self.manifest = _read_manifest(self.path)
+        files,failed = sorted((self.path/'nights').glob('*.json')), _read_failed(self.path)
+        if only is not None:
+            only = set(only)
+            files,failed = [p for p in files if p.stem in only], {k: why for k,why in failed.items() if k in only}
+        if not files: raise StoreError('the store holds no night', where=self.path, remedy='Prepare one.')
+        records = [_read_record(p) for p in files]
+        _check_twins(records, self.path)
+        self.failed = failed                                                         # night → why it is not here
         self.cohort,self.channels = self.manifest['cohort'], tuple(self.manifest['channels'])
+        self._places = [_place(r, len(self.channels)) for r in records]
         lengths = [len(r['stages']) for r in records]
         self.nights = pd.DataFrame(dict(cohort=self.cohort, subject=[r['subject'] for r in records],
             night=[r['night'] for r in records], epochs=lengths, file=[r['file'].name for r in records],
@@ -206,21 +343,7 @@ class EpochStore:
         self.stages = np.concatenate([r['stages'] for r in records])                 # stage codes, per epoch
         self.first_row = np.cumsum([0, *lengths[:-1]])                               # of each night
         self.there,self.median,self.scale = (np.array([r[o] for r in records]) for o in ('there', 'median', 'scale'))
-        self._places = {}                                                            # of the nights' signals
-        for i in range(len(records)): self.place(i)                                  # all there and whole?
         self.recordings = {r['sources'][0][1]: r['subject'] for r in records if r['sources']} # checksum → subject
-        self._check_twins(records)
-
-    def _check_twins(self, records):
-        "One recording under two names would be in two parts of a split."
-        first = {}
-        for r in records:
-            if not r['sources']: continue
-            name,checksum = r['sources'][0]
-            twin = first.setdefault(checksum, r)
-            if twin is not r:
-                raise StoreError('the same recording is there twice', where=self.path, remedy='Delete one of the two nights.',
-                    found=f'{twin["sources"][0][0]} of subject {twin["subject"]}, {name} of subject {r["subject"]}')
 
     def __len__(self): return len(self.stages)
 
@@ -233,17 +356,7 @@ class EpochStore:
     def place(self,
         i:int,           # row of `nights`
     )->tuple[str, int]:  # file of the night, and the byte at which its first epoch begins
-        """Where the signals of a night lie.
-
-        Raises `StoreError` when the file is not there, or has another length than its night."""
-        if i not in self._places:
-            file = self.path/'nights'/self.nights.file[i]
-            body = int(self.nights.epochs[i]) * len(self.channels) * STORED.itemsize
-            size = file.stat().st_size if file.exists() else 0
-            if not (64 <= size - body <= 1024 and (size - body) % 64 == 0):          # numpy's header
-                raise StoreError('the signals of a night cannot be read', where=file, found=f'{size} bytes',
-                                 expected=f'{body} bytes and a header', remedy='Delete its files and prepare again.')
-            self._places[i] = str(file), size - body
+        "Where the signals of a night lie."
         return self._places[i]
 
     def read(self,
@@ -251,23 +364,20 @@ class EpochStore:
     )->np.ndarray:       # `(b, channels, 3000)`, float32 µV; a channel that is missing is zeros
         "Reads some epochs, in the order asked for."
         rows = np.asarray(rows)
+        if rows.ndim != 1 or rows.size and rows.dtype.kind not in 'iu':
+            raise StoreError('epochs are asked for by their numbers', expected='a list of whole numbers',
+                             found=f'{rows.dtype} of shape {rows.shape}', remedy='For one epoch: read([0]).')
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise StoreError('there is no such epoch', where=self.path, expected=f'0 to {len(self) - 1}',
                              found=f'{rows.min()} to {rows.max()}')
+        rows = rows.astype(np.int64)
         made = np.empty((len(rows), len(self.channels), 3000), np.float32)
-        one = np.empty(len(self.channels), STORED)                                     # an epoch
         nights = self.night_of[rows]
         order = np.argsort(nights, kind='stable')
-        for at in np.split(order, np.flatnonzero(np.diff(nights[order])) + 1):         # one night after the other
+        for at in np.split(order, np.flatnonzero(np.diff(nights[order])) + 1):       # one night after the other
             if not len(at): continue
             i = int(nights[at[0]])
-            file,begin = self.place(i)
-            with open(file, 'rb', buffering=0) as f:
-                for k in at:
-                    f.seek(begin + int(rows[k] - self.first_row[i]) * one.nbytes)
-                    if f.readinto(one.view(np.uint8)) != one.nbytes:
-                        raise StoreError('the signals of a night were cut off', where=file, remedy='Prepare it again.')
-                    np.multiply(one['x'], one['step'][:, None], out=made[k])
+            _read_night(self.place(i), rows[at] - self.first_row[i], made, at)
         return made
 
     def __repr__(self):
@@ -298,10 +408,10 @@ def _warn_of_counts(store, cohort):
     if table.difference.fillna(0).any() or shares.fillna(False).any():
         warnings.warn(f'{cohort.name}: not the epochs that were published.\n{table.to_string(na_rep="")}', stacklevel=3)
 
-# %% ../../nbs/120_data.store.ipynb #9a6ea2d2
+# %% ../../nbs/120_data.store.ipynb #71097acb
 def _manifest(cohort:Cohort, recipe:Recipe)->dict:
-    decides = dict(format=FORMAT, cohort=cohort.name, channels=list(cohort.wanted), fs=FS, crop_wake_min=cohort.crop_wake_min,
-                   options=cohort.options or {}, recipe=asdict(recipe))
+    decides = dict(format=FORMAT, cohort=cohort.name, channels=_canonical(cohort.wanted), fs=FS,
+                   crop_wake_min=cohort.crop_wake_min, options=cohort.options or {}, recipe=asdict(recipe))
     decides = json.loads(json.dumps(decides)) # as it will be read again
     text = json.dumps(decides, sort_keys=True)
     return decides | dict(id=hashlib.sha256(text.encode()).hexdigest()[:12],
@@ -320,59 +430,68 @@ def _claim(
                              remedy='Prepare into a new folder.')
     (folder/'nights').mkdir(parents=True, exist_ok=True)
     if not path.exists(): return _write_json(path, manifest)
-    found = _read_manifest(path)
+    found = _read_manifest(folder)
     differ = [k for k in manifest if k not in ('id', 'versions') and manifest[k] != found.get(k)]
     if differ:
         raise StoreError('this store was prepared differently', where=folder, remedy='Prepare into another folder.',
             expected='; '.join(f'{k} {manifest[k]}' for k in differ), found='; '.join(f'{k} {found.get(k)}' for k in differ))
 
-def _stem(row:dict)->str:
-    "A file name for a night, safe on any system, different for different nights."
-    text = f'{row["subject"]}_{row["night"]}'
-    safe = ''.join(c if c.isascii() and (c.isalnum() or c in '-_') else '-' for c in text)
-    return f'{safe}-{hashlib.sha256(json.dumps([str(row["subject"]), str(row["night"])]).encode()).hexdigest()[:6]}'
-
-# %% ../../nbs/120_data.store.ipynb #b0327d19
-def _is_done(
+# %% ../../nbs/120_data.store.ipynb #10d4de57
+def _unfinished(
     cohort:Cohort,
-    row:dict,
     folder:Path,
-    stem:str,
-)->bool:
-    "Is this night there and whole? Raises `StoreError` when it was prepared from other files."
-    record,array = folder/f'{stem}.json', folder/f'{stem}.npy'
-    if not record.exists() or not array.exists(): return False
-    found = _read_record(record)
-    names = [o.name for o in _sources(row)]
-    if names != [name for name,_ in found['sources']]:
-        raise StoreError('this night was prepared from other files', where=record, expected=', '.join(names),
-                         found=', '.join(name for name,_ in found['sources']), remedy='Prepare into another folder.')
-    return array.stat().st_size > len(found['stages']) * len(cohort.wanted) * STORED.itemsize
+)->list[tuple[dict, str]]: # rows of `cohort.nights`, names of their files
+    "The nights that must be prepared; warns of those that must be prepared once more."
+    named = [(row, _stem(row)) for row in cohort.nights.to_dict('records')]
+    todo = [(row, stem) for row,stem in named if not _is_done(cohort, row, folder/'nights', stem)]
+    records = [p for _,stem in todo if (p := folder/'nights'/f'{stem}.json').exists()]
+    if records:
+        warnings.warn(f'{len(records)} nights of {folder} are prepared again, because their files have changed since, '
+                      f'or their signals were lost: {", ".join(p.stem for p in records[:5])}.')
+    for record in records: record.unlink(missing_ok=True)
+    return todo
+
+def _note_failed(
+    folder:Path,
+    tried:set[str],        # names of nights
+    failed:dict[str, str], # those of them that failed → why
+):
+    "Keeps the reasons for whoever opens the store later."
+    failed = {k: why for k,why in _read_failed(folder).items() if k not in tried} | failed
+    if failed: _write_json(folder/'failed.json', failed)
+    else: (folder/'failed.json').unlink(missing_ok=True)
+
+# %% ../../nbs/120_data.store.ipynb #272d9923
+def _check_arguments(cohort, recipe, jobs):
+    if not isinstance(recipe, Recipe):
+        raise StoreError('there is no such recipe', found=repr(recipe), expected=', '.join(RECIPES))
+    if not isinstance(cohort, Cohort):
+        raise StoreError('only a cohort can be prepared', found=type(cohort).__name__, expected='prepare(cohort, folder)',
+                         remedy='Make one, e.g. by plain_folder.')
+    if not isinstance(jobs, Integral) or jobs == 0:
+        raise StoreError('jobs is a number of processes', found=repr(jobs), expected='1 or more, or −1 for one per core')
+    stems = {_stem(row) for row in cohort.nights.to_dict('records')}
+    if not stems or len(stems) < len(cohort.nights):
+        raise StoreError('each night of a cohort must be there once', where=cohort.name,
+                         found=f'{len(cohort.nights)} rows, {len(stems)} nights')
 
 def prepare(
     cohort:Cohort,
     store:str|Path,              # folder; made if it does not exist, continued if it does
     recipe:str|Recipe='stager',  # `'stager'`, `'mtssrl'`, `'sleepsmc'`, or your own
-    jobs:int=1,                  # processes
+    jobs:int=1,                  # processes; −1 is one per core
     progress:bool=True,          # show a bar
-)->EpochStore:
-    """Prepares all nights of a cohort that the store does not hold yet.
+)->EpochStore:                   # the nights of this cohort
+    """Prepares all nights of a cohort that the store does not hold yet, or whose files have changed.
 
     Raises `StoreError` when the store was prepared differently, or when no night could be prepared. Nights that failed are in
     `failed` of the store that is returned."""
     recipe = RECIPES.get(recipe, recipe) if isinstance(recipe, str) else recipe
-    if not isinstance(recipe, Recipe):
-        raise StoreError('there is no such recipe', found=repr(recipe), expected=', '.join(RECIPES))
-    if not isinstance(cohort, Cohort):
-        raise StoreError('only a cohort can be prepared', found=type(cohort).__name__, remedy='Make one, e.g. by plain_folder.')
-    folder,rows = Path(store).expanduser(), cohort.nights.to_dict('records')
-    stems = [_stem(row) for row in rows]
-    if not rows or len(set(stems)) < len(stems):
-        raise StoreError('each night of a cohort must be there once', where=cohort.name,
-                         found=f'{len(rows)} rows, {len(set(stems))} nights')
+    _check_arguments(cohort, recipe, jobs)
+    folder = _folder(store)
     _claim(folder, _manifest(cohort, recipe))
     _sweep(folder)
-    todo = [(row, stem) for row,stem in zip(rows, stems) if not _is_done(cohort, row, folder/'nights', stem)]
+    todo = _unfinished(cohort, folder)
     tasks = (delayed(_prepare_night)(cohort, row, recipe, folder/'nights', stem) for row,stem in todo)
     bar = tqdm(total=len(todo), desc=f'preparing {cohort.name}', unit='night', disable=not progress or not todo)
     results = []
@@ -381,10 +500,10 @@ def prepare(
         bar.update()
     bar.close()
     failed = {stem: why for (_,stem),why in zip(todo, results) if why}
-    if failed: _write_json(folder/'failed.json', failed)      # for whoever opens the store later
-    else: (folder/'failed.json').unlink(missing_ok=True)
-    if failed and len(failed) == len(rows):
+    stems = {_stem(row) for row in cohort.nights.to_dict('records')}
+    _note_failed(folder, stems, failed)
+    if len(failed) == len(stems):
         raise StoreError('no night could be prepared', where=folder, found=next(iter(failed.values())))
-    made = EpochStore(folder)
+    made = EpochStore(folder, only=stems)
     _warn_of_counts(made, cohort)
     return made
