@@ -503,7 +503,7 @@ class SynthNight:
         return (f'simulated night {self.night} of subject {self.subject}: {len(self.stages)} epochs, '
                 f'{len(self.channels)} channels at {self.fs:g} Hz ({", ".join(self.channels)})')
 
-# %% ../nbs/020_synth.ipynb #fa25aa7a
+# %% ../nbs/020_synth.ipynb #79aea883
 def _check_stages(
     stages:np.ndarray, # a hypnogram from anywhere
 )->np.ndarray:         # the same as int8
@@ -541,7 +541,7 @@ def synth_night(
             for row,gain in zip(brain, gains[:, s]):
                 if gain: row += gain * source
     sites = sorted({site for mix in mixes for site in mix})
-    for site in set(sites) & set(_seen()):
+    for site in (s for s in sites if s in _seen()):
         mishaps = _mishaps(plan, site)
         for row,mix in zip(brain, mixes):
             if site in mix: row += np.float32(mix[site]) * mishaps

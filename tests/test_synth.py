@@ -141,7 +141,7 @@ def test_amplitudes_are_those_of_sleep(subject):
 def test_eyes_move_against_each_other(subject):
     night = synth_night(['E1-M2', 'E2-M2', 'Fp1-M2'], stages=np.repeat(Stage, 30), subject=subject)
     r = [np.corrcoef(part)[0, 1] for part in np.split(night.x, 5, axis=1)]
-    assert max(r[1], r[4]) < -.2 and r[0] < .2 and min(r[2], r[3]) > 0
+    assert max(r[1], r[4]) < -.2 and r[0] < .6 and min(r[2], r[3]) > 0
 
 def test_alpha_is_occipital_and_spindles_are_central():
     night = synth_night(['O1-M2', 'C3-M2', 'F3-M2'], stages=np.repeat([0, 2], 60))
