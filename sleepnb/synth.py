@@ -165,7 +165,7 @@ def _levels(
         for j in range(12): y[which, j] += np.interp(z[which, j], ndtri(_QUANTILES), fit['rest'][s, j])
     return y.reshape(-1, 2, 6).swapaxes(0, 1)
 
-# %% ../nbs/020_synth.ipynb #a283a26f
+# %% ../nbs/020_synth.ipynb #1d21ca6d
 _LONG,_HOP,_RATE = 512, 256, 100                             # samples of a segment and between two; Hz
 _HZ = np.fft.rfftfreq(_LONG, 1/_RATE)
 _KNOTS = np.array([.35, 1.3, 5.5, 10.2, 19, 38])             # Hz
@@ -178,15 +178,15 @@ def band_densities(
 )->np.ndarray:        # µV²/Hz, `(…, 5)`
     "Mean density in each of `BANDS`, by Welch's method in segments of 2.56 s."
     f,power = welch(x, fs=fs, nperseg=round(2.56*fs))
-    return np.stack([power[..., (f >= low) & ((f < high) | (f == 50) & (high == 50))].mean(-1) for low,high in BANDS.values()], -1)
+    inside = [(f >= low) & ((f < high) | (f == 50) & (high == 50)) for low,high in BANDS.values()]
+    return np.stack([power[..., which].mean(-1) for which in inside], -1)
 
 @cache
-def _sixth()->np.ndarray: # `(6, frequencies)`
+def _to_six()->np.ndarray: # `(6, frequencies)`
     "What a density has in each band, and elsewhere: a matrix to multiply it by."
     waves = np.exp(2j*np.pi * _HZ[:, None] * np.arange(30*_RATE) / _RATE) * np.sqrt(_HZ[1])
     bands = band_densities(waves.real) + band_densities(waves.imag)                       # f 5
-    total = np.where(_HZ > 0, 2, 1) * waves.var(axis=-1) / 2 * np.where(_HZ > 0, 1, 0)
-    return np.column_stack([bands, total - bands @ _WIDTHS]).T
+    return np.column_stack([bands, waves.var(axis=-1) - bands @ _WIDTHS]).T
 
 def _densities(
     six:np.ndarray, # five densities in µV²/Hz and a variance in µV², `(epochs, 6)`
@@ -198,7 +198,7 @@ def _densities(
     knots = wanted.copy()
     knots[:, 0] = knots[:, 1]
     for _ in range(rounds):
-        found = np.exp(knots @ _LINES) * _FLOOR @ _sixth().T
+        found = np.exp(knots @ _LINES) * _FLOOR @ _to_six().T
         step = wanted - np.log(found.clip(1e-9))[:, order]
         step[:, 0] = .7 * step[:, 0].clip(-1, 1)                                          # mostly leakage
         knots += step

@@ -1,8 +1,8 @@
 """Runs pages in place, so that their stored outputs come from the code beside them.
 
-    python tools/run_nbs.py [PAGE …]        all pages of nbs/ where none is named
+    python tools/run_nbs.py [PAGE …] [--data]        all pages of nbs/ where none is named
 
-Cells that `nbdev_test` skips keep their outputs. A page's metadata records what code ran and its CPU seconds
+Cells that `nbdev_test` skips keep their outputs; with `--data`, those that need the data of developers run too. A page's metadata records what code ran and its CPU seconds
 beyond imports, which is what `tests/test_pages.py` reads."""
 import ast, hashlib, os, sys, time
 from pathlib import Path
@@ -46,7 +46,8 @@ def main(names):
     cfg = get_config(path=Path(__file__).parent.parent)
     os.environ['IN_TEST'] = '1'
     sys.path.insert(0, str(cfg.config_path))
-    for path in map(Path, names or sorted(nbglob(cfg.nbs_path))):
-        print(f'{path.name:40} {run_page(path.absolute(), set(cfg.tst_flags.split())):5.1f} s', flush=True)
+    skip = set(cfg.tst_flags.split()) - {name[2:] for name in names}
+    for path in map(Path, [name for name in names if name != '--data'] or sorted(nbglob(cfg.nbs_path))):
+        print(f'{path.name:40} {run_page(path.absolute(), skip):5.1f} s', flush=True)
 
 if __name__ == '__main__': main(sys.argv[1:])
