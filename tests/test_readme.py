@@ -20,7 +20,7 @@ def missing(source):
         yield from (f'{node.module}.{a.name}' for a in node.names if not hasattr(module, a.name))
 
 def test_readme_has_its_commands_and_doors():
-    assert len(SHELL) == 2 and len(PYTHON) == 5
+    assert len(SHELL) == 2 and len(PYTHON) == 6
     assert SHELL[0].rstrip().endswith('&& sleepnb demo')
     assert SHELL[1].rstrip().endswith('&& nbdev_test --n_workers 2 && python -m pytest -q tests')
     assert all(s.startswith('python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt ') for s in SHELL)
