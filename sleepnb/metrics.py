@@ -29,12 +29,12 @@ def _codes(
                              remedy='An epoch that nobody scored has stage −1.')
     return codes.astype(np.int64)
 
-# %% ../nbs/500_metrics.ipynb #8dadd128
+# %% ../nbs/500_metrics.ipynb #836c8044
 def _probabilities(
     prob,           # `(epochs, 5)`
     counts:np.ndarray, # `(epochs,)`, bool: which are used
     where:str|None=None,
-)->np.ndarray:      # those that are used, each row summing to 1
+)->np.ndarray:      # those that are used
     prob = np.asarray(prob, dtype=float)
     if prob.shape != (len(counts), len(Stage)):
         raise SleepnbError('probabilities have the wrong shape', where=where,
@@ -46,7 +46,7 @@ def _probabilities(
         raise SleepnbError('these are no probabilities', where=where, expected='five of 0 or more that sum to 1',
                            found=f'{prob[row].round(3).tolist()} at epoch {np.flatnonzero(counts)[row]}',
                            remedy='What a network gives becomes probabilities by a softmax.')
-    return prob / prob.sum(axis=1, keepdims=True)
+    return prob
 
 # %% ../nbs/500_metrics.ipynb #18553927
 def _compared(
