@@ -242,7 +242,7 @@ def score_nights(
     return pd.concat([_summary('pooled', pooled.iloc[0], resampled, level, sd=np.nan, n=epochs),
                       _summary('nights', each.mean(), means, level, sd=each.std(), n=known.sum())])
 
-# %% ../nbs/500_metrics.ipynb #35282a60
+# %% ../nbs/500_metrics.ipynb #b8f7ddd0
 _PROB = [f'p_{s.label}' for s in Stage]
 
 def score_table(
@@ -259,7 +259,8 @@ def score_table(
                            found=', '.join(map(str, epochs.columns)) or 'no columns')
     if epochs[ids].isna().any(axis=None):
         row = epochs.index[epochs[ids].isna().any(axis=1)][0]
-        raise SleepnbError('an epoch belongs to nobody', where=f'row {row} of the table', expected='a cohort, subject and night')
+        raise SleepnbError('an epoch belongs to nobody', where=f'row {row} of the table',
+                           expected='a cohort, subject and night')
     groups = dict(list(epochs.groupby([epochs[c].astype(str) for c in ids])))
     prob = [g[_PROB].to_numpy() for g in groups.values()] if _PROB[0] in needed else None
     return score_nights(*([g[c].to_numpy() for g in groups.values()] for c in ('stage', 'pred')), prob,

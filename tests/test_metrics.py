@@ -185,6 +185,12 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(over):
         inside += row.low <= .8 <= row.high
     assert .90 < inside/300 < .98
 
+def test_resamples_leave_out_nights_that_lack_a_metric():
+    "κ is 1 for two nights and undefined for one of a single stage."
+    hypnograms = [[0, 1], [2, 3], [2, 2]]
+    row = score_nights(hypnograms, hypnograms).loc[('nights', 'kappa')]
+    assert row[['value', 'low', 'high', 'sd', 'n']].tolist() == [1, 1, 1, 0, 2]
+
 def test_a_night_without_scored_epochs_is_left_out():
     true,pred = [[0, 1, 2], [-1, -1], [2, 2]], [[0, 1, 1], [0, 1], [2, 3]]
     table = score_nights(true, pred, subjects='abc')
