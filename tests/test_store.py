@@ -9,7 +9,7 @@ import pytest
 
 from sleepnb.core import RecordingError, StoreError
 from sleepnb.data import store as store_module
-from sleepnb.data.preprocess import filter_resample, to_epochs
+from sleepnb.data.preprocess import filter_resample, normalise, to_epochs
 from sleepnb.data.psg import Night, read_night, sample_files
 from sleepnb.data.store import Cohort, EpochStore, Whole, prepare
 from sleepnb.montage import parse_channel
@@ -279,7 +279,40 @@ def test_unchanged_files_are_not_read_again(tmp_path, monkeypatch, recwarn):
         read.clear()
         prepare(files, tmp_path/'store', progress=False)
         assert read == expected
-    assert contents(tmp_path/'store') == before and not recwarn.list
+    after = contents(tmp_path/'store')
+    assert [k.split('/')[-1][:2] for k in after if after[k] != before[k]] == ['a_'] and not recwarn.list # the times of its files
+
+def test_another_folder_with_the_same_names_is_another_cohort(tmp_path):
+    "Also when all its files are older than the store."
+    for folder in ('one', 'two'): (tmp_path/folder).mkdir()
+    one,two = files_cohort(tmp_path/'one', 'ab'), files_cohort(tmp_path/'two', 'ab')
+    for path in (tmp_path/'two').glob('*.hypnogram'): path.write_bytes(bytes([3]))
+    for path in tmp_path.glob('*/*'): os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 1000))
+    time.sleep(.05)
+    assert set(prepare(one, tmp_path/'store', progress=False).stages) == {2}
+    with pytest.warns(UserWarning, match='prepared again'): again = prepare(two, tmp_path/'store', progress=False)
+    assert set(again.stages) == {3}
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    files = files_cohort(tmp_path, 'ab')
+    def read(row):
+        night = files.read(row)
+        if 'a' in str(row['subject']): Path(row['hypnogram']).write_bytes(bytes([1, 1]))
+        return night
+    store = prepare(replace(files, read=read), tmp_path/'store', progress=False)
+    assert store.nights.subject.tolist() == ['b'] and 'changed while it was read' in str(store.failed)
+
+def test_a_silent_channel_gives_numbers(tmp_path):
+    "Dead but for a pop now and then: its scale must not vanish."
+    def read(row):
+        night = read_synth(row)
+        x = [np.zeros_like(o) for o in night.x]
+        for o in x: o[::9000] = 200
+        return replace(night, x=x)
+    store = prepare(replace(cohort(['a']), read=read), tmp_path, progress=False)
+    assert store.scale.min() > 0
+    made = normalise(store.read(np.arange(len(store))), store.median[0], store.scale[0])
+    assert np.isfinite(made).all()
 
 def test_killed_while_it_prepares_again(tmp_path):
     "Never old stages beside new signals."
@@ -340,7 +373,8 @@ def test_statistics_and_checksums(tmp_path):
     low,middle,high = np.percentile(x, [25, 50, 75])
     np.testing.assert_allclose([store.median[0, 0], store.scale[0, 0]], [middle, (high - low) / 1.349], atol=.01)
     record = json.loads(next((tmp_path/'nights').glob('*.json')).read_text())
-    assert record['sources'] == [[o.name, hashlib.sha256(o.read_bytes()).hexdigest()] for o in (psg, hypnogram)]
+    assert record['sources'] == [[o.name, hashlib.sha256(o.read_bytes()).hexdigest(), o.stat().st_size, o.stat().st_mtime_ns]
+                                 for o in (psg, hypnogram)]
 
 def test_one_recording_under_two_names_is_refused(tmp_path):
     psg,hypnogram = sample_files()

@@ -31,7 +31,7 @@ from .preprocess import FS, crop_wake, filter_resample, hold, robust_stats, to_e
 from .psg import Night, counts_as_text
 from ..montage import parse_channel
 
-# %% ../../nbs/120_data.store.ipynb #8a3530bc
+# %% ../../nbs/120_data.store.ipynb #8709416a
 @dataclass(frozen=True)
 class Recipe:
     "Pass bands in Hz, `(low, high)`, per modality."
@@ -64,10 +64,10 @@ def preprocess_night(
         y = hold(x, fs) if fs < 20 else filter_resample(x, fs, low, high)
         if low is None and fs >= 20: y -= np.median(y)            # an offset would cost precision, and no model sees it
         short = max(0, len(night.stages)*3000 - len(y))
-        if short > FS * max(1, 1/fs):                             # rounding is less than a second, or a sample of an envelope
+        if short > FS * max(.02, 1/fs):                           # two samples are rounding, and so is one of an envelope
             raise RecordingError(f'{c.name} ends before the night does', where=night.where, found=f'{len(y)/FS:g} s',
                                  expected=f'{len(night.stages) * 30} s')
-        made[:, i] = to_epochs(np.pad(y, (0, short)))[keep]
+        made[:, i] = to_epochs(np.pad(y, (0, short), 'edge'))[keep]
     return made, there, keep
 
 # %% ../../nbs/120_data.store.ipynb #2ee02443
@@ -152,7 +152,7 @@ def _sweep(
         with suppress(FileNotFoundError):    # it may be renamed meanwhile
             if ours and _is_abandoned(temporary, int(ours[2])): temporary.unlink()
 
-# %% ../../nbs/120_data.store.ipynb #8b8bfcba
+# %% ../../nbs/120_data.store.ipynb #acf1f2fd
 def _stem(row:dict)->str:
     "A file name for a night, safe on any system, different for different nights."
     text = f'{row["subject"]}_{row["night"]}'
@@ -164,11 +164,20 @@ def _checksum(
 )->str: # SHA-256
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+_PARTS = ('.eeg', '.vmrk', '.fdt') # beside a recording whose own file is but a header
+
 def _sources(
     row:dict,      # of a cohort's nights
-)->list[Path]:     # the files that it names: recording, hypnogram
-    files = [Path(row[o]) for o in ('recording', 'hypnogram') if isinstance(row.get(o), (str, Path))]
-    return [o for o in files if o.is_file()]
+)->list[Path]:     # the files that it names, and what belongs to them
+    files = [Path(row[o]) for o in ('recording', 'hypnogram', 'channels') if isinstance(row.get(o), (str, Path))]
+    parts = [files[0].with_suffix(o) for o in _PARTS] if files else []
+    return [o for o in dict.fromkeys([*files, *parts]) if o.is_file()]
+
+def _described(
+    source:Path,
+)->list: # name, SHA-256, size in bytes, time of modification in ns
+    stat = source.stat()
+    return [source.name, _checksum(source), stat.st_size, stat.st_mtime_ns]
 
 def _stages_as_text(stages:np.ndarray)->str: return ''.join(str(int(s) + 1) for s in stages) # 0 is unscored
 def _stages_from_text(text:str)->np.ndarray: return np.frombuffer(text.encode(), np.uint8).astype(np.int8) - 49
@@ -181,7 +190,7 @@ def _read_record(path:Path)->dict: # what `_prepare_night` wrote
         raise StoreError('this night cannot be read', where=path, found=f'{type(error).__name__}: {error}',
                          remedy='Delete it and prepare again.') from error
 
-# %% ../../nbs/120_data.store.ipynb #6f7ef7cc
+# %% ../../nbs/120_data.store.ipynb #7b4e6776
 def _begin(
     array:Path,
     epochs:int,
@@ -194,12 +203,14 @@ def _begin(
 def _have_changed(
     sources:list[Path],
     record:Path,           # of the night made from them
-    checksums:list[str],   # of the sources, as it has them
+    known:list[list],      # what it says of them, as `_described`
 )->bool:
-    stats = [o.stat() for o in sources]
-    if all(max(s.st_mtime_ns, s.st_ctime_ns) < record.stat().st_mtime_ns for s in stats): return False
-    if [_checksum(o) for o in sources] != checksums: return True
-    with suppress(OSError): record.touch() # the next time they need not be read; a store may be write-protected
+    made = record.stat().st_mtime_ns
+    def untouched(stat, size, ns): return (stat.st_size, stat.st_mtime_ns) == (size, ns) and stat.st_ctime_ns < made
+    if all(untouched(o.stat(), *rest) for o,(_,_,*rest) in zip(sources, known)): return False
+    now = [_described(o) for o in sources]
+    if [checksum for _,checksum,*_ in now] != [checksum for _,checksum,*_ in known]: return True
+    with suppress(OSError): _write_json(record, json.loads(record.read_text()) | dict(sources=now)) # a store may be write-protected
     return False
 
 def _is_done(
@@ -212,14 +223,16 @@ def _is_done(
     record = folder/f'{stem}.json'
     if not record.exists(): return False
     found,sources = _read_record(record), _sources(row)
-    names,before = [o.name for o in sources], [name for name,_ in found['sources']]
+    names,before = [o.name for o in sources], [name for name,*_ in found['sources']]
     if names != before:
         raise StoreError('this night was prepared from other files', where=record, expected=', '.join(names),
                          found=', '.join(before), remedy='Prepare into another folder.')
     if _begin(found['file'], len(found['stages']), len(cohort.wanted)) is None: return False
-    return not _have_changed(sources, record, [checksum for _,checksum in found['sources']])
+    return not _have_changed(sources, record, found['sources'])
 
-# %% ../../nbs/120_data.store.ipynb #d4a53b6c
+# %% ../../nbs/120_data.store.ipynb #25efa6f6
+_LEAST_UV = 1e-3 # scale of a channel that is silent most of the night; less would make NaN of its rare noise
+
 def _prepare_night(
     cohort:Cohort,
     row:dict,          # of `cohort.nights`
@@ -230,19 +243,22 @@ def _prepare_night(
     "Reads, preprocesses and writes one night, unless another process has done so meanwhile."
     try:
         if _is_done(cohort, row, folder, stem): return None
+        sources = [_described(o) for o in _sources(row)]
         night = cohort.read(row)
         x,there,keep = preprocess_night(night, cohort.wanted, recipe, cohort.crop_wake_min)
         median,scale = robust_stats(np.moveaxis(x, 1, 0).reshape(len(cohort.wanted), -1))
+        if [o.stat().st_mtime_ns for o in _sources(row)] != [ns for *_,ns in sources]:
+            raise StoreError('a file changed while it was read', where=', '.join(name for name,*_ in sources), remedy='Prepare again.')
         _write(folder/f'{stem}.npy', lambda f: np.save(f, _quantise(x)))
         _write_json(folder/f'{stem}.json', dict(subject=str(row['subject']), night=str(row['night']),
             first_epoch=keep.start, stages=_stages_as_text(night.stages[keep]), there=there.tolist(),
-            median=median.round(4).tolist(), scale=scale.round(4).tolist(), start=night.start and night.start.isoformat(),
-            sources=[[o.name, _checksum(o)] for o in _sources(row)], notes=night.notes))
+            median=median.round(4).tolist(), scale=scale.clip(_LEAST_UV).round(4).tolist(), start=night.start and night.start.isoformat(),
+            sources=sources, notes=night.notes))
     except SleepnbError as error: return str(error)
     except Exception as error: return f'{stem}: {type(error).__name__}: {error}' # one bad file must not stop the others
 
-# %% ../../nbs/120_data.store.ipynb #e092b09a
-FORMAT = 1 # of stores; it changes when an older store can no longer be read
+# %% ../../nbs/120_data.store.ipynb #0aa27c7f
+FORMAT = 2 # of stores; it changes when an older store can no longer be read
 
 # %% ../../nbs/120_data.store.ipynb #fc1dc996
 def _folder(
@@ -273,7 +289,7 @@ def _read_failed(folder:Path)->dict[str, str]: # night → why it is not here
     path = folder/'failed.json'
     return _read_json(path) if path.exists() else {}
 
-# %% ../../nbs/120_data.store.ipynb #520199e4
+# %% ../../nbs/120_data.store.ipynb #f3cf3382
 def _check_twins(
     records:list[dict],
     where:Path,
@@ -281,7 +297,7 @@ def _check_twins(
     first = {}
     for r in records:
         if not r['sources']: continue
-        name,checksum = r['sources'][0]
+        name,checksum = r['sources'][0][:2]
         twin = first.setdefault(checksum, r)
         if twin is not r:
             raise StoreError('the same recording is there twice', where=where, remedy='Delete one of the two nights.',
