@@ -16,7 +16,7 @@ OTHERS = ['HEOG', 'VEOG', 'EOG', 'EOG horizontal', 'LOC-A2', 'ROC-A1', 'E2-E1', 
           'LLEG+', 'RLEG-', 'Leg', 'ECG', 'ECG1-ECG2', 'EKG', 'ECG I', 'EEG F3-CLE', 'EEG Fz-LER', 'T3-Ref', 'C4-(M1+M2)/2', 'Cz-AVG']
 PAIRS = st.tuples(SITES, SITES).filter(lambda p: p[0] != p[1]).map('-'.join)
 CHANNELS = st.lists(st.one_of(SITES, PAIRS, st.sampled_from(OTHERS)), min_size=1, max_size=6)
-RATES = st.one_of(st.sampled_from([50, 100, 128, 200, 256, 500, 512, 1000, 173.61, 199.99, 97.65625]), st.floats(50, 1000))
+RATES = st.one_of(st.sampled_from([10, 50, 100, 128, 200, 256, 500, 512, 1000, 173.61, 199.99, 97.65625]), st.floats(50, 1000))
 WHO = st.one_of(st.integers(-5, 500), st.sampled_from(['SC400', 'é']))
 
 # ---- hypnograms
@@ -121,8 +121,13 @@ def test_rates_that_divide_share_their_samples():
 def test_populations_differ():
     power = {p: np.mean([synth_night(['F3-M2'], subject=s, population=p, stages=np.full(20, 3)).x.var() for s in range(5)]) for p in POPULATIONS}
     assert power['older'] < .6*power['adult']
-    asleep = {p: np.mean([np.mean(synth_hypnogram(subject=s, population=p) > 0) for s in range(30)]) for p in POPULATIONS}
-    assert asleep['disordered'] < asleep['adult']
+    def night(subject, population):
+        stages = synth_hypnogram(1100, subject=subject, population=population)
+        return np.sum(stages == Stage.N3), np.sum((stages[1:] == Stage.W) & (stages[:-1] != Stage.W))
+    deep,awoken = {}, {}
+    for p in POPULATIONS: deep[p],awoken[p] = np.mean([night(s, p) for s in range(80)], axis=0)
+    assert .3 < deep['older'] / deep['adult'] < .6 and .5 < deep['disordered'] / deep['adult'] < 1
+    assert 1.5 < awoken['older'] / awoken['adult'] < 2.5 and 2.5 < awoken['disordered'] / awoken['adult'] < 4.5
 
 # ---- what a scorer looks at
 
