@@ -170,7 +170,7 @@ def _levels(
         for j in range(12): y[which, j] += np.interp(z[which, j], ndtri(_QUANTILES), fit['rest'][s, j])
     return y.reshape(-1, 2, 6).swapaxes(0, 1)
 
-# %% ../nbs/020_synth.ipynb #3c030887
+# %% ../nbs/020_synth.ipynb #aefdcb99
 _LONG,_HOP,_RATE = 512, 256, 100                             # samples of a segment and between two; Hz
 _HZ = np.fft.rfftfreq(_LONG, 1/_RATE)
 _KNOTS = np.array([.35, 1.3, 5.5, 10.2, 19, 38])             # Hz
@@ -182,7 +182,7 @@ def band_densities(
     fs:float=_RATE,   # sampling rate, in Hz
 )->np.ndarray:        # µV²/Hz, `(…, 5)`
     "Mean density in each of `BANDS`, by Welch's method in segments of 2.56 s. Raises `SleepnbError` below 100 Hz."
-    if fs < 2*max(BANDS['gamma']): raise SleepnbError('a rate too low for the fastest band', expected='100 Hz or more', found=f'{fs:g} Hz')
+    if fs < 100: raise SleepnbError('a rate too low for the fastest band', expected='100 Hz or more', found=f'{fs:g} Hz')
     f,power = welch(x, fs=fs, nperseg=round(2.56*fs))
     inside = [(f >= low) & ((f < high) | (f == 50) & (high == 50)) for low,high in BANDS.values()]
     return np.stack([power[..., which].mean(-1) for which in inside], -1)

@@ -190,7 +190,7 @@ def _read_record(path:Path)->dict: # what `_prepare_night` wrote
         raise StoreError('this night cannot be read', where=path, found=f'{type(error).__name__}: {error}',
                          remedy='Delete it and prepare again.') from error
 
-# %% ../../nbs/120_data.store.ipynb #7b4e6776
+# %% ../../nbs/120_data.store.ipynb #c89e7e21
 def _begin(
     array:Path,
     epochs:int,
@@ -210,7 +210,8 @@ def _have_changed(
     if all(untouched(o.stat(), *rest) for o,(_,_,*rest) in zip(sources, known)): return False
     now = [_described(o) for o in sources]
     if [checksum for _,checksum,*_ in now] != [checksum for _,checksum,*_ in known]: return True
-    with suppress(OSError): _write_json(record, json.loads(record.read_text()) | dict(sources=now)) # a store may be write-protected
+    with suppress(OSError):                                       # a store may be write-protected
+        _write_json(record, json.loads(record.read_text()) | dict(sources=now))
     return False
 
 def _is_done(
@@ -230,7 +231,7 @@ def _is_done(
     if _begin(found['file'], len(found['stages']), len(cohort.wanted)) is None: return False
     return not _have_changed(sources, record, found['sources'])
 
-# %% ../../nbs/120_data.store.ipynb #25efa6f6
+# %% ../../nbs/120_data.store.ipynb #65d5cdc3
 _LEAST_UV = 1e-3 # scale of a channel that is silent most of the night; less would make NaN of its rare noise
 
 def _prepare_night(
@@ -248,12 +249,13 @@ def _prepare_night(
         x,there,keep = preprocess_night(night, cohort.wanted, recipe, cohort.crop_wake_min)
         median,scale = robust_stats(np.moveaxis(x, 1, 0).reshape(len(cohort.wanted), -1))
         if [o.stat().st_mtime_ns for o in _sources(row)] != [ns for *_,ns in sources]:
-            raise StoreError('a file changed while it was read', where=', '.join(name for name,*_ in sources), remedy='Prepare again.')
+            raise StoreError('a file changed while it was read', where=', '.join(name for name,*_ in sources),
+                             remedy='Prepare again.')
         _write(folder/f'{stem}.npy', lambda f: np.save(f, _quantise(x)))
         _write_json(folder/f'{stem}.json', dict(subject=str(row['subject']), night=str(row['night']),
             first_epoch=keep.start, stages=_stages_as_text(night.stages[keep]), there=there.tolist(),
-            median=median.round(4).tolist(), scale=scale.clip(_LEAST_UV).round(4).tolist(), start=night.start and night.start.isoformat(),
-            sources=sources, notes=night.notes))
+            median=median.round(4).tolist(), scale=scale.clip(_LEAST_UV).round(4).tolist(),
+            start=night.start and night.start.isoformat(), sources=sources, notes=night.notes))
     except SleepnbError as error: return str(error)
     except Exception as error: return f'{stem}: {type(error).__name__}: {error}' # one bad file must not stop the others
 
