@@ -82,7 +82,7 @@ def demo(
     pd.concat(tables).to_csv(out/'channels.csv', index=False)
     typer.echo(f'channels.csv and montages.png are in {out.absolute()}')
 
-# %% ../nbs/640_cli.ipynb #da6c1b8a
+# %% ../nbs/640_cli.ipynb #408a09c3
 @app.command()
 def simulate(
     cohort:Annotated[str, typer.Argument(help='sleep-edf (-20, -78), isruc (-s1, -s3), mass or anphy.')],
@@ -97,4 +97,4 @@ def simulate(
     "Write simulated nights as files, in the layout of a dataset and with its surprises."
     from sleepnb.data.simulated import simulate # here, so that --help stays quick
     made = simulate(cohort, folder, subjects, nights, hours, seed, whole_cap, jobs)
-    typer.echo(f'{len(made.nights)} simulated nights in the layout of {made.name} are in {folder.absolute()}')
+    typer.echo(f'{len(made.nights)} simulated nights in the layout of {cohort} are in {folder.absolute()}')

@@ -260,6 +260,22 @@ def test_the_wrong_thing_in_the_wrong_place(tmp_path):
         with pytest.raises(HypnogramError, match="vocabulary is not known .*found 'irsuc'"): read_night(psg, which, vocabulary='irsuc')
     with pytest.raises(HypnogramError, match='must last longer'): read_hypnogram(h, epoch_sec=0)
 
+def test_an_unscored_marker_ends_the_stage_before_it(tmp_path):
+    def lasts(h): return [(o, d) for o,d,s in zip(h.onset, h.duration, h.stage) if s == 2], sorted(zip(h.onset[h.stage < 0], h.duration[h.stage < 0]))
+    clock = tmp_path/'clock.csv'
+    for mark in ('?', 'Sleep stage ?', 'unscored', 'MT'):
+        clock.write_text(f'time,description\n22:00:30,N2\n22:00:40,arousal\n22:01:00,{mark}\n22:02:00,{mark}\n22:05:00,N3\n')
+        h = read_hypnogram(clock)
+        assert lasts(h) == ([(0, 30)], [(30, 60), (90, 180)]) and h.stage[-1] == 3 and '1 events that are no stages' in h.notes
+        (tmp_path/'t.csv').write_text(f'onset,duration,description\n30,0,N2\n60,0,{mark}\n70,0,Movement\n300,0,N3\n')
+        assert lasts(read_hypnogram(tmp_path/'t.csv')) == ([(30, 30)], [(60, 240)])
+        blocks = [EdfAnnotation(0, None, 'Sleep stage N2'), EdfAnnotation(60, None, mark), EdfAnnotation(180, None, 'Sleep stage N3')]
+        path = write_psg(tmp_path/'n.edf', annotations=blocks)
+        assert lasts(read_hypnogram(path)) == ([(0, 60)], [(60, 120)])
+        assert read_night(path).stages.tolist() == [2, 2, -1, -1, -1, -1, 3, -1]
+    (tmp_path/'d.csv').write_text('onset,duration,description\n0,120,N2\n60,0,?\n120,30,N3\n')            # stages that say how long they last
+    assert read_hypnogram(tmp_path/'d.csv').duration.tolist() == [120, 30]
+
 def test_markers_are_no_hypnogram(tmp_path):
     for notes in ([EdfAnnotation(10, None, 'Movement')], [EdfAnnotation(10, None, 'L'), EdfAnnotation(40, None, 'R')]):
         night = read_night(write_psg(tmp_path/'a.edf', annotations=notes))

@@ -317,8 +317,9 @@ def _check_vocabulary(vocabulary:str|None):
     if vocabulary not in (None, *NUMBERS):
         raise HypnogramError('this vocabulary is not known', found=repr(vocabulary), expected=', '.join(NUMBERS))
 
-# %% ../../nbs/100_data.psg.ipynb #1abf76b0
+# %% ../../nbs/100_data.psg.ipynb #e92d8388
 _LIKE_A_STAGE = re.compile(r'\s*(\d|n?[\s_-]*rem.*|(sleep\s*)?stage.*|sleep[\s_-]*s?\d|s\d|(light|deep)\s*sleep)\s*', re.I)
+_ENDS_A_STAGE = re.compile(r'\s*((sleep\s*)?stage.*|\?|uns(cored)?|unknown|mt|movement\s*time)\s*', re.I) # where it is no stage
 
 def _pieces(
     events:list[tuple], # (onset in s, duration in s or None, label), in any order
@@ -335,7 +336,8 @@ def _pieces(
         looks = re.match(r'\s*sleep\s*stage\b', label, re.I) or (is_long and _LIKE_A_STAGE.fullmatch(label))
         stage = _stage(label, vocabulary, where) if only_stages else stage_of_word(label)
         if stage is None and looks: stage = _stage(label, vocabulary, where)   # calls itself a stage: understood or refused
-        if stage is None or (stage < 0 and not duration and not only_stages): others += 1
+        ends = made and made[-1][1] is None and _ENDS_A_STAGE.fullmatch(label)
+        if stage is None or (stage < 0 and not (duration or only_stages or ends)): others += 1
         else: made.append((onset, duration or None, stage))
     if not made:
         raise HypnogramError('there are no sleep stages in this file', where=where,
@@ -671,7 +673,7 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #a915a454
+# %% ../../nbs/100_data.psg.ipynb #b84c1876
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
@@ -746,7 +748,8 @@ def _stages(recording, hypnogram, **how):
     if isinstance(hypnogram, Hypnogram): found = hypnogram
     elif hypnogram is not None: found = read_hypnogram(hypnogram, **how)
     else:
-        events = [e for e in recording.source.events() if e[1] or 'stage' in e[2].casefold()] # no mere markers
+        events = [e for e in recording.source.events()                                       # no mere markers
+                  if e[1] or 'stage' in e[2].casefold() or _ENDS_A_STAGE.fullmatch(e[2])]
         if any(stage_of_word(e[2]) in [*Stage] for e in events):
             found = _pieces(events, recording.where, recording.start, False, how['vocabulary'], how['epoch_sec'])
     if found and found.start is None and (cut := getattr(recording.source, 'cut', 0)) and hypnogram is not None:
