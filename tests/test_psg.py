@@ -288,6 +288,23 @@ def test_a_start_that_is_none(tmp_path):
     night = read_night(write_psg(tmp_path/'a.edf'), write_hypnogram(tmp_path/'h.edf', datetime.datetime(1985, 1, 1)))
     assert (night.stages == TRUTH).all() and any('no start time' in o for o in night.notes)
 
+@pytest.mark.parametrize('dated', [True, False])
+def test_a_date_that_was_removed_leaves_the_time(tmp_path, dated):
+    "`Startdate X`, as EDF+ wants it for privacy; the hypnogram begins a page later, or after midnight."
+    def anonymous(path, signals, at, annotations=None):
+        edf = Edf(signals, starttime=at, annotations=annotations, data_record_duration=30 if signals else None)
+        if dated: edf.startdate = datetime.date(2020, 1, 2)
+        edf.write(path)
+        return path
+    signals = [EdfSignal(EEG, 100, label='EEG C3-A2', physical_dimension='uV', physical_range=(-3276.8, 3276.7))]
+    stages = [EdfAnnotation(30*i, 30, w) for i,w in enumerate(WORDS[:6])]
+    psg = anonymous(tmp_path/'a.edf', signals, datetime.time(23, 59))
+    night = read_night(psg, anonymous(tmp_path/'h.edf', [], datetime.time(23, 59, 30), stages))
+    assert night.stages.tolist() == [-1, *TRUTH[:6], -1]
+    (tmp_path/'clock.csv').write_text('time,stage\n23:59:00,W\n00:00:00,N2\n00:01:00,R\n')
+    assert read_night(psg, tmp_path/'clock.csv').stages.tolist()[:5] == [0, 0, 2, 2, 4]
+    if not dated: assert 'the file has no start date' in night.notes
+
 def test_overlaps_are_found_wherever_they_are(tmp_path):
     for rows in ('0,120,W\n0,30,W\n30,30,N2\n', '0,120,W\n0,120,N2\n'):
         (tmp_path/'h.csv').write_text('onset,duration,stage\n' + rows)

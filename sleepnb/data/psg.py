@@ -6,13 +6,13 @@
 __all__ = ['NUMBERS', 'AMPLITUDES', 'sample_files', 'Recording', 'open_recording', 'Hypnogram', 'stage_of_word', 'read_hypnogram',
            'align', 'counts_as_text', 'Night', 'read_night']
 
-# %% ../../nbs/100_data.psg.ipynb #775a7366
+# %% ../../nbs/100_data.psg.ipynb #980d5204
 import csv
 import re
 import warnings
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field, replace
-from datetime import datetime, time, timedelta
+from datetime import date, datetime, time, timedelta
 from importlib import resources
 from pathlib import Path
 
@@ -109,11 +109,22 @@ def _check_records(
     more = f' and {rest} more bytes' if rest else ''
     return held, [f'the header declares {declared} data records, the file holds {held}{more}']
 
-# %% ../../nbs/100_data.psg.ipynb #570ddfbc
+# %% ../../nbs/100_data.psg.ipynb #c470a14e
 _MICROVOLTS = {'uv': 1., 'µv': 1., 'μv': 1., 'microvolt': 1., 'mv': 1e3, 'millivolt': 1e3, 'v': 1e6, 'volt': 1e6, 'nv': 1e-3,
                'âµv': 1.} # µV written in UTF-8
 
 _BROKEN = ValueError, ArithmeticError, LookupError, UnboundLocalError # what edfio raises on damaged headers
+
+_NO_DATE = date(1985, 1, 1) # what EDF writes where there is none
+
+def _start_of(file)->tuple[datetime|None, list[str]]: # of an EDF file; notes
+    "A date that was removed for privacy leaves the time of day."
+    try: clock = file.starttime
+    except _BROKEN: clock = time(0)
+    try: return datetime.combine(file.startdate, clock), []
+    except _BROKEN:
+        if clock != time(0): return datetime.combine(_NO_DATE, clock), ['the file has no start date']
+    return None, ['no start time can be read: hypnogram and recording are taken to start together']
 
 class _EdfSource:
     "Reads one channel of an EDF or BDF file at a time."
@@ -136,10 +147,8 @@ class _EdfSource:
         if bare := [n for n in bare if parse_channel(n).modality is not Modality.OTHER]:
             self.notes.append(f'no unit is given for {", ".join(bare)}: taken for microvolts')
         if 'DF+D' in self.file.reserved: _refuse_gaps(self.file, self.where)
-        try: self.start = datetime.combine(self.file.startdate, self.file.starttime)
-        except _BROKEN: # removed for privacy, or not a date
-            self.start = None
-            self.notes.append('no start time can be read: hypnogram and recording are taken to start together')
+        self.start,why = _start_of(self.file)
+        self.notes += why
 
     def integers(self,
         i:int,                             # number of the channel
@@ -556,7 +565,7 @@ def _check_pieces(h:Hypnogram):
                 found=f'{Stage(last).label} and {Stage(stage).label} at {onset:g} s', remedy='Keep one scorer in the file.')
         if onset + duration > end: end,last = onset + duration, stage
 
-# %% ../../nbs/100_data.psg.ipynb #3880a646
+# %% ../../nbs/100_data.psg.ipynb #e0771a24
 def _shift(
     hypnogram:Hypnogram,
     start:datetime|None, # of the recording
@@ -564,7 +573,7 @@ def _shift(
     if isinstance(hypnogram.start, time): return _shift_clock(hypnogram, start), []
     if hypnogram.start is None or start is None: return 0., []
     begun,start = hypnogram.start.replace(tzinfo=None), start.replace(tzinfo=None)
-    if begun == datetime(1985, 1, 1): return 0., ['the hypnogram has no start time: it is taken to start with the recording']
+    if begun == datetime.combine(_NO_DATE, time(0)): return 0., ['the hypnogram has no start time: it is taken to start with the recording']
     seconds = (begun - start).total_seconds()
     if abs(seconds) <= 12*3600: return seconds, [f'the hypnogram starts {seconds:g} s after the recording'] * bool(seconds)
     clock = (seconds + _DAY/2) % _DAY - _DAY/2

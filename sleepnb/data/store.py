@@ -333,7 +333,7 @@ def _read_night(
                 raise StoreError('the signals of a night were cut off', where=file, remedy='Prepare it again.')
             np.multiply(one['x'], one['step'][:, None], out=made[k])
 
-# %% ../../nbs/120_data.store.ipynb #2683b54e
+# %% ../../nbs/120_data.store.ipynb #5e35fc04
 class EpochStore:
     "The epochs of prepared nights, read from disk when they are asked for."
     def __init__(self,
@@ -399,7 +399,7 @@ class EpochStore:
         return made
 
     def __repr__(self):
-        failed = f'; {len(self.failed)} nights failed' if self.failed else ''
+        failed = f'; {len(self.failed)} nights failed, see .failed' if self.failed else ''
         return (f'{self.cohort}: {len(self.nights)} nights of {self.nights.subject.nunique()} subjects, '
                 f'{len(self)} epochs ({counts_as_text(self.stages)}), channels {", ".join(self.channels)}{failed}')
 
