@@ -565,7 +565,7 @@ def _check_pieces(h:Hypnogram):
                 found=f'{Stage(last).label} and {Stage(stage).label} at {onset:g} s', remedy='Keep one scorer in the file.')
         if onset + duration > end: end,last = onset + duration, stage
 
-# %% ../../nbs/100_data.psg.ipynb #e0771a24
+# %% ../../nbs/100_data.psg.ipynb #4d24072e
 def _shift(
     hypnogram:Hypnogram,
     start:datetime|None, # of the recording
@@ -573,7 +573,8 @@ def _shift(
     if isinstance(hypnogram.start, time): return _shift_clock(hypnogram, start), []
     if hypnogram.start is None or start is None: return 0., []
     begun,start = hypnogram.start.replace(tzinfo=None), start.replace(tzinfo=None)
-    if begun == datetime.combine(_NO_DATE, time(0)): return 0., ['the hypnogram has no start time: it is taken to start with the recording']
+    if begun == datetime.combine(_NO_DATE, time(0)):
+        return 0., ['the hypnogram has no start time: it is taken to start with the recording']
     seconds = (begun - start).total_seconds()
     if abs(seconds) <= 12*3600: return seconds, [f'the hypnogram starts {seconds:g} s after the recording'] * bool(seconds)
     clock = (seconds + _DAY/2) % _DAY - _DAY/2
