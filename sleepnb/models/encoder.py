@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'ENCODERS', 'Branch', 'Encoder', 'compact_encoder', 'full_encoder']
 
-# %% ../../nbs/220_models.encoder.ipynb #4962fc61
+# %% ../../nbs/220_models.encoder.ipynb #0581d912
 import torch
 from einops import rearrange
 from torch import nn
 
 from ..core import SleepnbError
-from .layers import AttentionBlock, ConvBlock, PositionEmbedding, SepBlock
+from .layers import AttentionBlock, ChannelMix, ConvBlock, PositionEmbedding, SepBlock
 
 # %% ../../nbs/220_models.encoder.ipynb #de5ae886
 class Branch(nn.Module):
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
                                found=str(tuple(x.shape)))
         return self.attention(torch.cat([self.small(x), self.large(x)], dim=1)) # b n w
 
-# %% ../../nbs/220_models.encoder.ipynb #384b1143
+# %% ../../nbs/220_models.encoder.ipynb #4e7034ff
 def compact_encoder(
     n_chans:int=16,     # virtual channels
     width:int=16,       # features of a token
@@ -90,7 +90,7 @@ def compact_encoder(
 )->Encoder:
     "The default encoder of MTSSRL-MD: 7,808 parameters."
     small = SepBlock(n_chans, width, SMALL['kernel'], SMALL['stride'])
-    large = nn.Sequential(nn.Conv1d(n_chans, n_mixed, 1, bias=False),
+    large = nn.Sequential(ChannelMix(n_chans, n_mixed),
                           SepBlock(n_mixed, width, LARGE['kernel'], LARGE['stride']))
     branches = [Branch(stem, [SepBlock(width, width, b['short']) for _ in range(3)], b['pools'], drop)
                 for stem,b in ((small, SMALL), (large, LARGE))]

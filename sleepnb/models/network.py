@@ -101,15 +101,17 @@ def move_to(
         made.alignment.cams = nn.ModuleList(deepcopy(backbone.alignment.cam(heads_of[k])) for k in montages)
     return made.to(next(backbone.parameters()).device)
 
-# %% ../../nbs/245_models.network.ipynb #76251bdd
+# %% ../../nbs/245_models.network.ipynb #7ec8cce6
 class StageNetwork(nn.Module):
     "Batches to the logits of the five stages: a backbone and a classifier."
     def __init__(self,
         backbone:Backbone,
-        classifier:nn.Module|None=None, # tokens `(b, n, w)` → `(b, 5)`; a `StageClassifier` if none is given
+        hidden:int=32,  # features of the classifier's hidden layer
+        drop:float=.5,  # share of them that training hides
     ):
         super().__init__()
-        self.backbone,self.classifier = backbone, classifier or StageClassifier(backbone.encoder.width)
+        self.config = dict(hidden=hidden, drop=drop)
+        self.backbone,self.classifier = backbone, StageClassifier(backbone.encoder.width, hidden, drop)
 
     @property
     def parts(self)->dict[str, list[nn.Module]]: # alignment, stem, body, attention, classifier: every weight is in one

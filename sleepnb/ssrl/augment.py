@@ -80,7 +80,7 @@ def stop_band(
     hidden = (f - _fit(centre, x)).abs() <= width_hz/2
     return torch.fft.irfft(torch.fft.rfft(x).masked_fill(hidden, 0), n=x.shape[-1])
 
-# %% ../../nbs/300_ssrl.augment.ipynb #eb7ea806
+# %% ../../nbs/300_ssrl.augment.ipynb #dec76c3e
 _DISTORTIONS = dict(amplitude=scale_amplitude, time=shift_time, level=shift_level)
 
 class Augment(nn.Module):
@@ -101,7 +101,7 @@ class Augment(nn.Module):
         if bad := [f'{k} {low} to {high}' for k,(low,high) in self.ranges.items() if low > high]:
             raise SleepnbError('a range ends before it begins', found=', '.join(bad))
         if not 1 <= n_transforms <= len(RANGES):
-            raise SleepnbError('a view cannot have so many distortions', expected=f'1 to {len(RANGES)}', found=str(n_transforms))
+            raise SleepnbError('no such number of distortions in a view', expected='1 to 6', found=str(n_transforms))
         if noise not in ('relative', 'scaled'):
             raise SleepnbError('noise is unknown', expected='relative or scaled', found=repr(noise))
         self.n_transforms,self.per_channel,self.noise,self.width_hz,self.fs = n_transforms,per_channel,noise,width_hz,fs
