@@ -60,7 +60,7 @@ def directions(
     gram = z.T @ z                                                              # w w
     return gram.trace().square() / gram.square().sum()                          # Σλ and Σλ², without eigenvalues
 
-# %% ../../nbs/310_ssrl.contrastive.ipynb #e9160175
+# %% ../../nbs/310_ssrl.contrastive.ipynb #b6165c92
 class ContrastiveTask(nn.Module):
     "Guesses each of two views from the other: the loss, and how far the vectors are from collapse."
     def __init__(self,
@@ -77,4 +77,5 @@ class ContrastiveTask(nn.Module):
         h2:torch.Tensor,  # of view 2; row i is the same epoch as row i of `h1`
     )->tuple[torch.Tensor, dict[str, torch.Tensor]]: # loss in [-1, 1]; `collapse_sd` and `directions`
         z1,z2 = self.projector(h1),self.projector(h2)
-        return simsiam_loss(self.predictor(z1), z1, self.predictor(z2), z2), dict(collapse_sd=collapse_sd(z1), directions=directions(z1))
+        loss = simsiam_loss(self.predictor(z1), z1, self.predictor(z2), z2)
+        return loss, dict(collapse_sd=collapse_sd(z1), directions=directions(z1))
