@@ -1,0 +1,240 @@
+"""Trains MTSSRL-MD at `small` scale on three simulated cohorts, and writes nbs/artifacts/mtssrl_*.csv.
+
+    python tools/mtssrl.py --work DIR pretrain [ARM …]      the arms of ARMS; by default all
+    python tools/mtssrl.py --work DIR finetune [ARM …]      each on its target cohorts, and `scratch`, from random weights
+    python tools/mtssrl.py --work DIR probe                 linear probes of frozen features
+    python tools/mtssrl.py --work DIR real                  the same on the real night in the folder that SLEEPNB_DATA names
+    python tools/mtssrl.py --work DIR triplets              whether temporal shuffling can be learned, from real band powers
+    python tools/mtssrl.py --work DIR tables                 writes the files
+
+Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
+import argparse, json, os
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # two trainings side by side on two cores are faster so
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.data.core import DataLoaders
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import cohen_kappa_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sleepnb.callbacks import Checkpoint
+from sleepnb.core import UNSCORED
+from sleepnb.data.loaders import EpochLoader, Neighbours, Stores, draw_triplets, labelled_loaders, pretraining_loaders, rows_of
+from sleepnb.data.psg import Night, read_night
+from sleepnb.data.splits import holdout_split
+from sleepnb.data.store import Cohort, EpochStore, prepare
+from sleepnb.learner import finetune_learner, mtssrl_learner, predict_stages, save_learner, supervised_learner
+from sleepnb.metrics import score_table
+from sleepnb.models.network import Backbone, move_to
+from sleepnb.montage import parse_channel
+from sleepnb.synth import synth_night
+from sleepnb.weights import load_weights
+
+OUT = Path(__file__).parent.parent/'nbs'/'artifacts'
+SUBJECTS,EPOCHS,LABELS,BATCH = 30, 480, .05, 100     # of a cohort; of a night, four hours; share; epochs
+STEPS,PASS_STEPS,PASSES = 520, 100, 20               # of pretraining; of a pass of fine-tuning; at most
+UNFREEZE,PATIENCE = (2, 4, 6), 6                     # passes
+LR = 3e-3                                            # of pretraining: the better of two by validation loss
+COHORTS = { # channels and population, after the datasets of the paper
+    'S': (('Fpz-Cz', 'Pz-Oz'), 'adult'),
+    'I': (('F3-M2', 'F4-M1', 'C3-M2', 'C4-M1', 'O1-M2', 'O2-M1'), 'disordered'),
+    'A': (('F3', 'F4', 'C3', 'C4', 'O1', 'O2', 'Fpz', 'Fz', 'Cz', 'Pz', 'Oz'), 'adult')}
+NAMES = {k: f'{k}-simulated' for k in COHORTS}
+TASKS = ('AUG', 'TS', 'FBM')
+ARMS = { # cohorts, arguments of the learner, targets
+    **{f'all lr {lr:g}': ('SIA', dict(lr=lr), 'SIA') for lr in (1e-3, 3e-3)},
+    **{f'{t} only': ('SIA', dict(tasks=(t,), weighting='equal'), 'I') for t in TASKS},
+    'TS only, far': ('SIA', dict(tasks=('TS',), weighting='equal', far=120), 'I'),
+    'equal': ('SIA', dict(weighting='equal'), 'I'),
+    'uw_literal': ('SIA', dict(weighting='uw_literal'), 'I'),
+    **{f'{c} alone': (c, {}, c) for c in COHORTS},
+    'shared': ('SIA', dict(align='shared'), 'SIA'),
+    'shared without A': ('SI', dict(align='shared'), 'A')}
+RATES = (3e-4, 1e-3, 3e-3)                           # of fine-tuning and from scratch; the validation part chooses
+
+def read_synth(row, cohort):
+    channels,population = COHORTS[cohort]
+    made = synth_night(channels, n_epochs=EPOCHS, subject=f'{cohort}{row["subject"]}', population=population)
+    return Night(list(made.x), [100]*len(channels), [parse_channel(c) for c in channels], made.stages)
+
+def stores_of(work, cohorts):
+    nights = pd.DataFrame(dict(subject=[f'{i:02}' for i in range(SUBJECTS)], night=1))
+    for c in cohorts: prepare(Cohort(NAMES[c], nights, COHORTS[c][0], partial(read_synth, cohort=c)), work/c, 'mtssrl')
+    return Stores([EpochStore(work/c) for c in cohorts], in_memory=True)
+
+def pretrain(work, arm):
+    out = work/f'pretrained {arm}.safetensors'
+    if out.exists(): return
+    cohorts,kwargs,_ = ARMS[arm]
+    stores = stores_of(work, cohorts)
+    draw = partial(draw_triplets, far=kwargs.get('far', 30))
+    dls = pretraining_loaders(stores, holdout_split(stores.nights), draw, bs=BATCH)
+    learn = mtssrl_learner(dls, **dict(lr=LR) | {k: v for k,v in kwargs.items() if k != 'far'})
+    print(arm, len(dls.train), 'steps a pass', flush=True)
+    with learn.no_bar(): learn.fit(round(STEPS / len(dls.train)), cbs=Checkpoint(work/f'pretraining {arm}.safetensors'))
+    table = learn.task_record.table.assign(arm=arm)
+    valid = pd.DataFrame(list(learn.recorder.values), columns=learn.recorder.metric_names[1:-1])
+    table.merge(valid.add_prefix('valid ').assign(**{'pass': range(len(valid))}), on='pass').to_csv(out.with_suffix('.csv'), index=False)
+    save_learner(learn, out, arm=arm)
+
+def finetune(work, arm, target, lr, seed=0):
+    out = work/f'tuned {arm} {target} {lr:g} {seed}.csv'
+    if out.exists(): return
+    stores = stores_of(work, target)
+    dls = labelled_loaders(stores, holdout_split(stores.nights), labels=LABELS, bs=BATCH, min_steps=PASS_STEPS, seed=seed)
+    if arm == 'scratch': learn = supervised_learner(dls, lr=lr, patience=PATIENCE, seed=seed)
+    else:
+        heads_of = {NAMES[target]: NAMES[target]} if target in ARMS[arm][0] else None
+        learn = finetune_learner(dls, work/f'pretrained {arm}.safetensors', lr=lr, unfreeze=UNFREEZE, patience=PATIENCE,
+                                 heads_of=heads_of, seed=seed)
+    print(arm, target, lr, len(dls.train.rows), 'labels', flush=True)
+    with learn.no_bar(): learn.fit(PASSES, cbs=Checkpoint(out.with_suffix('.safetensors')))
+    best = pd.DataFrame(list(learn.recorder.values), columns=learn.recorder.metric_names[1:-1])
+    rows = {p: predict_stages(learn, p).assign(part=p) for p in ('valid', 'test')}
+    pd.concat(rows.values()).round(5).assign(passes=len(best)).to_csv(out, index=False)
+
+def tokens(backbone, stores, rows, bs=500):
+    "Mean and spread of the tokens of each epoch, `(epochs, 2·width)`."
+    backbone.eval()
+    with torch.inference_mode():
+        made = [backbone(parts) for (_,parts),_ in EpochLoader(stores, rows, bs=bs, labelled=False)]
+    return torch.cat([torch.cat([h.mean(1), h.std(1)], -1) for h in made]).numpy()
+
+def classifier(): return make_pipeline(StandardScaler(), LogisticRegression(max_iter=3000))
+
+def probe(work):
+    "Trained on all labels of the training subjects of a cohort, tested on its test subjects; before pretraining and after."
+    rows = []
+    for arm,(cohorts,kwargs,_) in ARMS.items():
+        if not (work/f'pretrained {arm}.safetensors').exists(): continue
+        trained = load_weights(work/f'pretrained {arm}.safetensors')[0].backbone
+        torch.manual_seed(0)
+        fresh = Backbone(**trained.config)
+        for c in cohorts:
+            stores = stores_of(work, c)
+            parts = [rows_of(stores, holdout_split(stores.nights), p) for p in ('train', 'test')]
+            for name,backbone in (('random', fresh), ('pretrained', trained)):
+                moved = move_to(backbone, {NAMES[c]: COHORTS[c][0]})
+                x,y = zip(*((tokens(moved, stores, p.index), p.stage) for p in parts))
+                pred = classifier().fit(x[0], y[0]).predict(x[1])
+                rows.append(dict(arm=arm, cohort=c, weights=name, kappa=cohen_kappa_score(y[1], pred), epochs=len(pred)))
+                print(rows[-1], flush=True)
+    pd.DataFrame(rows).round(4).to_csv(work/'probe.csv', index=False)
+
+def real_night(work):
+    "The 22 hours of SC4001E0 as a store, and the rows from half an hour before sleep to half an hour after."
+    folder = Path(os.environ['SLEEPNB_DATA'])/'sleep-edf'/'sleep-cassette'
+    nights = pd.DataFrame(dict(subject=['SC400'], night=1))
+    prepare(Cohort('real', nights, COHORTS['S'][0], partial(read_real, folder=folder)), work/'real', 'mtssrl', progress=False)
+    stores = Stores(work/'real', in_memory=True)
+    asleep = np.flatnonzero(stores.stages > 0)
+    return stores, np.arange(asleep[0] - 60, asleep[-1] + 61)
+
+def read_real(row, folder): return read_night(folder/'SC4001E0-PSG.edf', folder/'SC4001EC-Hypnogram.edf', list(COHORTS['S'][0]))
+
+def within(x, y):
+    "κ of a linear probe within one night: five folds of interleaved blocks of 29 epochs."
+    fold,pred = np.arange(len(y)) // 29 % 5, np.empty_like(y)
+    for k in range(5): pred[fold == k] = classifier().fit(x[fold != k], y[fold != k]).predict(x[fold == k])
+    return cohen_kappa_score(y, pred)
+
+def probe_real(work, seeds=(0, 1, 2)):
+    "Ten passes over the real night without its labels; a probe within the night; and one that comes from simulated subjects."
+    stores,rows = real_night(work)
+    y,everything = stores.stages[rows], np.arange(len(stores))
+    found = []
+    for tasks in (TASKS, *((t,) for t in TASKS)):
+        for seed in seeds if tasks == TASKS else seeds[:1]:
+            dls = DataLoaders(*(EpochLoader(stores, everything, bs=BATCH, shuffle=s, labelled=False, draw=draw_triplets, seed=seed)
+                                for s in (True, False)), device='cpu')
+            learn = mtssrl_learner(dls, tasks=tasks, seed=seed, weighting='uw_shift' if tasks == TASKS else 'equal')
+            before = within(tokens(learn.model.backbone, stores, rows), y)
+            with learn.no_bar(): learn.fit(10, cbs=Checkpoint(work/f'real {"+".join(tasks)} {seed}.safetensors'))
+            after = within(tokens(learn.model.backbone, stores, rows), y)
+            last = learn.task_record.table.iloc[-len(tasks):].set_index('task')
+            found.append(dict(probe='within the night', arm='+'.join(tasks), seed=seed, random=before, pretrained=after,
+                              ts_accuracy=last['TS accuracy'].get('TS') if 'TS' in tasks else None))
+            print(found[-1], flush=True)
+    made = stores_of(work, 'S')
+    train = rows_of(made, holdout_split(made.nights), 'train')
+    for arm in ARMS:
+        if 'S' not in ARMS[arm][0] or not (file := work/f'pretrained {arm}.safetensors').exists(): continue
+        trained = load_weights(file)[0].backbone
+        torch.manual_seed(0)
+        kappas = []
+        for backbone in (Backbone(**trained.config), trained):
+            x,z = (tokens(move_to(backbone, {name: COHORTS['S'][0]}, {name: NAMES['S']}), of, at)
+                   for name,of,at in ((NAMES['S'], made, train.index), ('real', stores, rows)))
+            kappas.append(cohen_kappa_score(y, classifier().fit(x, train.stage).predict(z)))
+        found.append(dict(probe='from simulated subjects', arm=arm, seed=0, random=kappas[0], pretrained=kappas[1]))
+        print(found[-1], flush=True)
+    pd.DataFrame(found).round(4).to_csv(OUT/'mtssrl_probe_real.csv', index=False)
+
+def triplets():
+    "How far band powers of real nights tell where a third epoch lies: SC401–404 teach, SC405–407 are asked; nobody is SC400."
+    data = np.load(Path(os.environ['SLEEPNB_DATA'])/'sleep-edf-bandpower'/'bandpower.npz')
+    keep = np.char.find(data['recording'], 'SC400') != 0
+    recording,stage = data['recording'][keep], data['stage'][keep]
+    x = np.log(np.concatenate([data['power'][keep].reshape(keep.sum(), -1), data['variance'][keep]], axis=1) + 1e-3)
+    nights = [np.flatnonzero(recording == r) for r in np.unique(recording)]
+    nights = [n[max(0, (s := np.flatnonzero(stage[n] > 0))[0] - 60):s[-1] + 61] for n in nights]
+    rows,night = np.concatenate(nights), np.repeat(range(len(nights)), [len(n) for n in nights])
+    neighbours = Neighbours(night, np.concatenate([np.arange(len(n)) for n in nights]))
+    asked = np.isin(np.char.ljust(recording[rows], 5).astype('U5'), ['SC405', 'SC406', 'SC407'])
+    found = []
+    for near,far in ((6, 30), (6, 60), (6, 120), (20, 120)):
+        parts = []
+        for seed in range(3):
+            others,order = draw_triplets(neighbours, np.arange(len(rows)), np.random.default_rng(seed), near=near, far=far)
+            a,b,c = x[rows], x[rows][others[:, 0]], x[rows][others[:, 1]]
+            parts.append((np.concatenate([abs(a - b), abs(b - c)], axis=1)[order != 0], order[order != 0], asked[order != 0]))
+        z,order,who = (np.concatenate(p) for p in zip(*parts))
+        for name,model in (('the head of the task', classifier()), ('trees', HistGradientBoostingClassifier(max_iter=150, random_state=0))):
+            prob = model.fit(z[~who], order[~who]).predict_proba(z[who])[:, 1]
+            right = np.where(order[who] > 0, prob, 1 - prob)
+            found.append(dict(near=near, far=far, classifier=name, accuracy=(right > .5).mean(), loss=-np.log(right).mean(),
+                              triplets=len(right)))
+            print(found[-1], flush=True)
+    pd.DataFrame(found).round(4).to_csv(OUT/'mtssrl_triplets.csv', index=False)
+
+def tables(work):
+    scores = []
+    for file in sorted(work.glob('tuned *.csv')):
+        *arm,target,lr,seed = file.stem.removeprefix('tuned ').split()
+        table = pd.read_csv(file, dtype=dict(subject=str))
+        for part,rows in table.groupby('part'):
+            found = score_table(rows).loc['pooled', ['value', 'low', 'high']].reset_index()
+            scores.append(found.assign(arm=' '.join(arm), target=target, lr=float(lr), seed=int(seed), part=part,
+                                       subjects=rows.subject.nunique(), epochs=len(rows), passes=rows.passes.iloc[0]))
+    if scores: pd.concat(scores).round(4).to_csv(OUT/'mtssrl_scores.csv', index=False)
+    logs = [pd.read_csv(f) for f in sorted(work.glob('pretrained *.csv'))]
+    if logs: pd.concat(logs).round(4).to_csv(OUT/'mtssrl_pretraining.csv', index=False)
+    if (work/'probe.csv').exists(): pd.read_csv(work/'probe.csv').to_csv(OUT/'mtssrl_probe.csv', index=False)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--work', type=Path, required=True, help='folder for all that is computed')
+    parser.add_argument('part', choices=['pretrain', 'finetune', 'probe', 'real', 'triplets', 'tables'])
+    parser.add_argument('arms', nargs='*', help=', '.join(['scratch', *ARMS]))
+    parser.add_argument('--targets', default='SIA')
+    args = parser.parse_args()
+    if args.part == 'pretrain':
+        for arm in args.arms or ARMS: pretrain(args.work, arm)
+    if args.part == 'finetune':
+        for arm in args.arms or ['scratch', *ARMS]:
+            for target in (ARMS[arm][2] if arm != 'scratch' else 'SIA'):
+                if target in args.targets:
+                    for lr in RATES: finetune(args.work, arm, target, lr)
+    if args.part == 'probe': probe(args.work)
+    if args.part == 'real': probe_real(args.work)
+    if args.part == 'triplets': triplets()
+    if args.part == 'tables': tables(args.work)
+
+if __name__ == '__main__': main()
