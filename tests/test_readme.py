@@ -38,10 +38,26 @@ def write_recordings(folder):
         rows = ''.join(f'{30*i},30,{Stage(s).label}\n' for i,s in enumerate(night.stages))
         (folder/f'{who}.csv').write_text(f'onset,duration,stage\n{rows}')
 
+def write_stores(folder):
+    "Three small cohorts of five people each, prepared."
+    from functools import partial
+    import pandas as pd
+    from sleepnb.data.psg import Night
+    from sleepnb.data.store import Cohort, prepare
+    from sleepnb.montage import parse_channel
+    from sleepnb.synth import synth_night
+    def read(row, channels):
+        made = synth_night(channels, n_epochs=24, subject=f'{channels} {row["subject"]}')
+        return Night(list(made.x), [100]*len(channels), [parse_channel(c) for c in channels], made.stages)
+    nights = pd.DataFrame(dict(subject=list('abcde'), night=1))
+    for name,channels in {'sleep-edf': ['Fpz-Cz', 'Pz-Oz'], 'isruc': ['F3-M2', 'C4-M1', 'O2-M1', 'E1-M2'], 'anphy': ['Cz']}.items():
+        prepare(Cohort(name, nights, channels, partial(read, channels=channels)), folder/name, progress=False)
+
 @pytest.mark.parametrize('source', PYTHON, ids=lambda s: s.split()[1])
 def test_python(source, tmp_path):
     if absent := list(missing(source)): pytest.skip(f'not built yet: {", ".join(absent)}')
     if 'my-recordings' in source: write_recordings(tmp_path/'my-recordings')
+    if 'stores/' in source: write_stores(tmp_path/'stores')
     run = subprocess.run([sys.executable, '-c', source], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
