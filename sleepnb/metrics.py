@@ -11,7 +11,7 @@ import pandas as pd
 
 from .core import UNSCORED, HypnogramError, SleepnbError, Stage, rng
 
-# %% ../nbs/500_metrics.ipynb #36cce538
+# %% ../nbs/500_metrics.ipynb #1b38a3e0
 def _codes(
     stages,        # stage codes, `(epochs,)`
     name:str,      # what an error calls them
@@ -20,8 +20,9 @@ def _codes(
     codes = np.asarray(stages)
     expected = f'whole numbers from {UNSCORED} to {max(Stage):d}, one per epoch'
     if codes.ndim != 1 or (codes.size and not np.issubdtype(codes.dtype, np.integer)):
+        words = "Stages in words become codes by [Stage[s] for s in stages]." if codes.dtype.kind in 'UO' else None
         raise HypnogramError(f'{name} is no hypnogram', where=where, expected=expected,
-                             found=f'{codes.dtype} of shape {codes.shape}')
+                             found=f'{codes.dtype} of shape {codes.shape}', remedy=words)
     wrong = (codes < UNSCORED) | (codes > max(Stage))
     if wrong.any():
         raise HypnogramError(f'{name} has an impossible stage', where=where, expected=expected,
@@ -200,15 +201,19 @@ def _summary(
     index = pd.MultiIndex.from_product([[over], value.index], names=['over', 'metric'])
     return pd.DataFrame(dict(value=value, low=low, high=high) | columns, value.index).set_axis(index)
 
-# %% ../nbs/500_metrics.ipynb #8d1b5c7c
+# %% ../nbs/500_metrics.ipynb #da15c4bf
 def _nights(
     true:list, pred:list, prob:list|None, subjects:list|None, # as for `score_nights`
 )->tuple[list, list]: # true, pred and prob of each night that has a scored epoch; its subject
+    if any(np.ndim(o[0]) == 0 for o in (true, pred) if len(o)):
+        raise SleepnbError('these are no nights', expected='a list of hypnograms', found='one hypnogram',
+                           remedy='Put a single night in a list: [true], [pred].')
     subjects = list(range(len(true)) if subjects is None else subjects)
     sizes = [len(o) for o in (true, pred, subjects, true if prob is None else prob)]
     if len(set(sizes)) > 1:
         raise SleepnbError('these are not the same nights', expected='as many in each list',
-                           found=f'{sizes[0]} true, {sizes[1]} pred, {sizes[3]} prob and {sizes[2]} subjects')
+                           found=', '.join(f'{n} {k}' for n,k in zip(sizes, ('true', 'pred', 'subjects', 'prob'))
+                                           if k != 'prob' or prob is not None))
     parts = zip(true, pred, [None]*len(true) if prob is None else prob, subjects)
     nights = [_compared(*night, where=f'night {i} (subject {s})') for i,(*night,s) in enumerate(parts)]
     scored = [(night, s) for night,s in zip(nights, subjects) if len(night[0])]

@@ -39,8 +39,8 @@ from sleepnb.weights import load_weights
 
 OUT = Path(__file__).parent.parent/'nbs'/'artifacts'
 SUBJECTS,EPOCHS,LABELS,BATCH = 30, 480, .05, 100     # of a cohort; of a night, four hours; share; epochs
-STEPS,PASS_STEPS,PASSES = 520, 100, 20               # of pretraining; of a pass of fine-tuning; at most
-UNFREEZE,PATIENCE = (2, 4, 6), 6                     # passes
+STEPS,PASS_STEPS,PASSES = 520, 100, 12               # of pretraining; of a pass of fine-tuning; at most
+UNFREEZE,PATIENCE = (2, 4, 6), 4                     # passes
 LR = 3e-3                                            # of pretraining: the better of two by validation loss
 COHORTS = { # channels and population, after the datasets of the paper
     'S': (('Fpz-Cz', 'Pz-Oz'), 'adult'),
@@ -57,7 +57,7 @@ ARMS = { # cohorts, arguments of the learner, targets
     **{f'{c} alone': (c, {}, c) for c in COHORTS},
     'shared': ('SIA', dict(align='shared'), 'SIA'),
     'shared without A': ('SI', dict(align='shared'), 'A')}
-RATES = (3e-4, 1e-3, 3e-3)                           # of fine-tuning and from scratch; the validation part chooses
+RATES = (1e-3, 3e-3)                                 # of fine-tuning and from scratch; the validation part chooses
 
 def read_synth(row, cohort):
     channels,population = COHORTS[cohort]
