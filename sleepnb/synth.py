@@ -7,10 +7,10 @@ __all__ = ['POPULATIONS', 'BANDS', 'GROUPS', 'EYES', 'SOURCES', 'WAVES', 'MUSCLE
            'POPS_PER_HOUR', 'NOISE_UV', 'Population', 'synth_hypnogram', 'band_densities', 'Wave', 'SynthNight',
            'synth_night']
 
-# %% ../nbs/020_synth.ipynb #cf84f180
+# %% ../nbs/020_synth.ipynb #75de367c
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 
@@ -47,8 +47,8 @@ def _population(
     if name in POPULATIONS: return POPULATIONS[name]
     raise SleepnbError('no such population', expected=' or '.join(POPULATIONS), found=repr(name))
 
-# %% ../nbs/020_synth.ipynb #7effdc95
-_AT = np.array([0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, 1]) # shares of real runs or periods that are no longer
+# %% ../nbs/020_synth.ipynb #f271bae6
+_AT = np.array([0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .98, 1]) # shares of real runs or periods that are no longer
 
 def _last(
     quantiles:np.ndarray,     # in epochs, at `_AT`
@@ -56,28 +56,36 @@ def _last(
     longer:float=1.,          # a factor
 )->int:                       # epochs, at least one
     "How long something lasts."
-    return max(1, round(longer * np.exp(np.interp(draw.random(), _AT, np.log(quantiles)))))
+    return max(1, round(longer * np.interp(draw.random(), _AT, quantiles)))
 
 def _period(
     with_rem:bool,
-    first:bool,               # whether sleep begins here
-    third:int,                # of the night, from 0
+    first:bool,               # whether it is the first of its kind
+    begun:int,                # epochs asleep before it
+    full:int,                 # epochs asleep in the night
     people:Population,
     draw:np.random.Generator,
 )->list[int]:                 # stage codes
     "One period with or without REM."
-    fit = _fitted()
-    n = _last(fit['with_rem'] if with_rem else fit['without_rem'][int(not first)], draw)
-    stage = before = Stage.REM if with_rem else Stage.N1 if first else Stage.N2
-    stages = []
-    while len(stages) < n:
-        longer = people.deep if stage == Stage.N3 else 1.
-        stages += [int(stage)] * _last(fit['run'][int(with_rem), stage], draw, longer)
-        weights = fit['next'][int(with_rem), third, before, stage] * [people.awake, 1, 1, 1, 1]
-        before,stage = stage, draw.choice(5, p=weights / weights.sum())
-    return stages[:n]
+    fit,kind = _fitted(), int(with_rem)
+    wanted = _last(fit['period'][kind, int(not first)], draw)
+    last = Stage.REM if with_rem else Stage.N2
+    stages,slept,ends = [], 0, []
+    def following():
+        third = min(2, 3*(begun + slept) // full)
+        weights = fit['next'][kind, third, before, stage] * [people.awake, 1, 1, 1, 1]
+        return draw.choice(5, p=weights / weights.sum())
+    before = stage = Stage.N1 if first and not with_rem else Stage.REM
+    if not first and not with_rem: stage = following()                # what comes after a period of REM
+    while slept < wanted or before != last:
+        length = _last(fit['run'][kind, before, stage], draw, people.deep if stage == Stage.N3 else 1.)
+        stages += [int(stage)] * length
+        if stage != Stage.W: slept += length
+        if stage == last: ends.append((abs(slept - wanted), len(stages)))
+        before,stage = stage,following()
+    return stages[:min(ends)[1]]
 
-# %% ../nbs/020_synth.ipynb #67ac386f
+# %% ../nbs/020_synth.ipynb #2ebc9da5
 def _who(
     name:int|str, # a subject or a night
 )->int|str:       # the same whether it was written as a number or as text
@@ -97,12 +105,14 @@ def synth_hypnogram(
         raise SleepnbError('a night has at least one epoch, and whole ones', found=f'n_epochs={n_epochs}')
     people,subject,night = _population(population), _who(subject), _who(night)
     person,draw = rng('synth', seed, subject, 'sleep'), rng('synth', seed, subject, night, 'sleep')
-    full = round(max(600, person.normal(900, 60) + draw.normal(0, 60)))    # epochs of sleep, if there is time
-    slept = []
-    while len(slept) < full:
-        for with_rem in (False, True):
-            third = min(2, 3*len(slept) // full)
-            slept += _period(with_rem, not slept, third, people, draw)
+    asleep = round(max(600, person.normal(850, 60) + draw.normal(0, 60)))  # epochs, if there is time
+    restless = _fitted()['restless']                                       # a standard deviation
+    people = replace(people, awake=people.awake * np.exp(person.normal(-restless**2 / 2, restless)))
+    slept,first = [], True
+    while np.count_nonzero(slept) < asleep:
+        for with_rem in (False, True): slept += _period(with_rem, first, np.count_nonzero(slept), asleep, people, draw)
+        first = False
+    full = np.searchsorted(np.cumsum(np.array(slept) > 0), asleep) + 1     # epochs with awakenings
     n = min(full, int(.9 * n_epochs))
     before = round((n_epochs - n) * draw.uniform(.3, .7))                  # epochs of wake
     stages = np.full(int(n_epochs), Stage.W, dtype=np.int8)
@@ -131,7 +141,7 @@ class _Plan:
     def levels(self)->np.ndarray: # as `_levels`
         return _levels(self)
 
-# %% ../nbs/020_synth.ipynb #9d5e3e0b
+# %% ../nbs/020_synth.ipynb #5bfea756
 BANDS = dict(delta=(.5, 4), theta=(4, 8), alpha=(8, 13), beta=(13, 30), gamma=(30, 50)) # Hz, the last with its upper end
 _WIDTHS = np.array([high - low for low,high in BANDS.values()])
 _QUANTILES = np.array([.002, .01, .03, .07, .15, .25, .35, .5, .65, .75, .85, .93, .97, .99, .998])
@@ -153,18 +163,46 @@ def _wander(
              for kept,share in _KEPT.items()]
     return sum(parts)
 
+def _heard(
+    state:np.ndarray,         # of each epoch, as `_states` gives it
+    across:float,             # chance of each border
+    draw:np.random.Generator,
+)->np.ndarray:                # the same, but for some epochs beside a change from or to N1
+    "What epochs sound like, which is not always what they were scored."
+    beside = np.arange(len(state)) + draw.choice([-1, 1], len(state))
+    other = state[beside.clip(0, len(state) - 1)]
+    return np.where((draw.random(len(state)) < 2*across) & ((state == Stage.N1) | (other == Stage.N1)), other, state)
+
+def _pulled(
+    state:np.ndarray,         # of each epoch
+    typical:np.ndarray,       # of each state, `(6, 12)`
+    pull:np.ndarray,          # share of the difference, `(state, neighbour)`
+)->np.ndarray:                # `(epochs, 12)`
+    "Typical levels, but nearer to those of neighbours."
+    y,changes = typical[state], np.pad(np.diff(state) != 0, 1).astype(int)
+    sides = np.maximum(1, changes[1:] + changes[:-1])[:, None]
+    step = np.diff(y, axis=0)
+    y[1:] -= pull[state[1:], state[:-1], None] * step / sides[1:]
+    y[:-1] += pull[state[:-1], state[1:], None] * step / sides[:-1]
+    return y
+
+def _apart(
+    who:str,                  # `'subject'` or `'night'`
+    draw:np.random.Generator,
+)->np.ndarray:                # of each state, `(6, 12)`
+    "How one differs from what is typical."
+    common,sd,states,numbers = (_fitted()[f'{who}_{part}'] for part in ('common', 'sd', 'states', 'numbers'))
+    return common @ draw.normal(size=12) + sd * (states @ draw.normal(size=(6, 12)) @ numbers.T)
+
 def _levels(
     plan:_Plan,
 )->np.ndarray: # ln of five densities in µV²/Hz and of the variance elsewhere in µV², `(2, epochs, 6)`
     "How strong each band is in Fpz-Cz and Pz-Oz."
-    fit,draw,state = _fitted(), plan.draw('levels'), _states(plan.stages)
-    u,v = plan.person('levels').normal(size=len(fit['subject'])), draw.normal(size=len(fit['night']))
-    typical = fit['mean'] + np.tensordot(u, fit['subject'], 1) + np.tensordot(v, fit['night'], 1)  # states 12
+    fit,draw = _fitted(), plan.draw('levels')
+    state = _heard(_states(plan.stages), fit['across'], plan.draw('borders'))
+    typical = fit['mean'] + _apart('subject', plan.person('levels')) + _apart('night', draw)       # states 12
     typical[[Stage.N2, Stage.N3]] += 2*np.log(plan.people.slow) * np.array([1, 0, 0, 0, 0, 1] * 2)
-    y = typical[state]                                                                   # e 12
-    step,pull = np.diff(y, axis=0), fit['pull']                                          # between neighbours
-    y[1:] -= pull[state[1:], state[:-1], None] * step
-    y[:-1] += pull[state[:-1], state[1:], None] * step
+    y = _pulled(state, typical, fit['pull'])                                             # e 12
     z = np.einsum('eij,ej->ei', fit['mix'][state], _wander(len(state), draw))
     for s,which in ((s, state == s) for s in range(6)):
         for j in range(12): y[which, j] += np.interp(z[which, j], ndtri(_QUANTILES), fit['rest'][s, j])

@@ -268,7 +268,7 @@ def test_other_programs_do_not_go_on(tmp_path, monkeypatch):
     fitted = simulated._decides('mass')['fitted']
     with monkeypatch.context() as m:
         m.setattr(simulated, 'FORMAT', simulated.FORMAT + 1)
-        with pytest.raises(SleepnbError, match='expected format 2; found format 1'): made('mass', tmp_path/'a', .1, subjects=2)
+        with pytest.raises(SleepnbError, match='expected format 3; found format 2'): made('mass', tmp_path/'a', .1, subjects=2)
     (tmp_path/'synth.json').write_text((simulated.package_files('sleepnb')/'synth.json').read_text().replace('1', '2', 1))
     monkeypatch.setattr(simulated, 'package_files', lambda name: tmp_path)
     with pytest.raises(SleepnbError, match=f'another simulation .*found fitted {fitted}'): made('mass', tmp_path/'a', .1, subjects=2)

@@ -3,6 +3,7 @@ import subprocess, sys, time
 from hashlib import sha256
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.signal import welch
@@ -19,6 +20,9 @@ CHANNELS = st.lists(st.one_of(SITES, PAIRS, st.sampled_from(OTHERS)), min_size=1
 RATES = st.one_of(st.sampled_from([10, 50, 100, 128, 200, 256, 500, 512, 1000, 173.61, 199.99, 97.65625]), st.floats(50, 1000))
 WHO = st.one_of(st.integers(-5, 500), st.sampled_from(['SC400', 'é']))
 
+@pytest.fixture(scope='session')
+def read(root): return lambda name: pd.read_csv(root/'nbs'/'artifacts'/f'simulator_{name}.csv')
+
 # ---- hypnograms
 
 @settings(max_examples=200, deadline=None)
@@ -34,7 +38,7 @@ def test_a_night_has_all_stages():
 
 def test_sleep_in_a_day_is_a_night_long():
     hours = [np.sum(synth_hypnogram(2880, subject=s) != Stage.W) / 120 for s in range(50)]
-    assert 5.5 < min(hours) and max(hours) < 9.5
+    assert 5 <= min(hours) and max(hours) < 9.5
 
 def test_cycles_last_about_ninety_minutes():
     "From one long REM bout to the next, awakenings filled in."
@@ -44,6 +48,18 @@ def test_cycles_last_about_ninety_minutes():
         breaks = np.flatnonzero(np.diff(rem) > 40)
         gaps += [(rem[b+1] - rem[a+1]) / 2 for a,b in zip(breaks, breaks[1:])]
     assert 75 < np.mean(gaps) < 115
+
+def test_runs_are_as_long_as_real_ones(read):
+    "Quarters and the longest, in epochs, beside the real ones; and nothing follows that never did."
+    nights = [synth_hypnogram(1200, seed=7, subject=subject) for subject in range(60)]
+    runs = [(night[cuts], np.diff(np.append(cuts, len(night)))) for night in nights
+            for cuts in [np.flatnonzero(np.diff(night, prepend=-1))]]
+    real = read('runs').query('nights == "real"').set_index('stage')
+    for stage in (Stage.N2, Stage.REM):
+        found = np.quantile(np.concatenate([length[of == stage] for of,length in runs]), [.5, .75, .95])
+        assert np.allclose(found, real.loc[stage.name, ['q50', 'q75', 'q95']].astype(float), rtol=.2)
+    pairs = {(a, b) for night in nights for a,b in zip(night, night[1:])}
+    assert not pairs & {(Stage.N3, Stage.REM), (Stage.REM, Stage.N3), (Stage.W, Stage.N3), (Stage.N1, Stage.N3)}
 
 # ---- signals
 
@@ -146,7 +162,7 @@ def test_amplitudes_are_those_of_sleep(subject):
 def test_eyes_move_against_each_other(subject):
     night = synth_night(['E1-M2', 'E2-M2', 'Fp1-M2'], stages=np.repeat(Stage, 30), subject=subject)
     r = [np.corrcoef(part)[0, 1] for part in np.split(night.x, 5, axis=1)]
-    assert max(r[1], r[4]) < -.2 and r[0] < .6 and min(r[2], r[3]) > 0
+    assert max(r[1], r[4]) < -.15 and r[0] < .6 and min(r[2], r[3]) > 0
 
 def test_alpha_is_occipital_and_spindles_are_central():
     night = synth_night(['O1-M2', 'C3-M2', 'F3-M2'], stages=np.repeat([0, 2], 60))

@@ -340,8 +340,8 @@ def _write_night(
     signals = _play(files, stages, who)
     _write(folder/files.recording, Edf(signals, data_record_duration=files.record_sec, **about).write)
 
-# %% ../../nbs/160_data.simulated.ipynb #8392f650
-FORMAT = 1 # of the bytes that this page and `sleepnb.synth` make
+# %% ../../nbs/160_data.simulated.ipynb #d5f2395a
+FORMAT = 2 # of the bytes that this page and `sleepnb.synth` make
 
 def _decides(
     cohort:str, # a key of `DATASETS`
