@@ -51,13 +51,13 @@ def collapse_sd(
     z = z.detach().to(torch.promote_types(z.dtype, torch.float32))
     return F.normalize(z).std(0, correction=0).mean()
 
-# %% ../../nbs/310_ssrl.contrastive.ipynb #4a9da8a9
+# %% ../../nbs/310_ssrl.contrastive.ipynb #2a2f4ef5
 def directions(
     z:torch.Tensor, # projected vectors, `(b, w)`
 )->torch.Tensor:    # scalar from 1, collapsed, to `w`; without gradient
     "In how many directions the vectors vary (participation ratio)."
     z = z.detach().to(torch.promote_types(z.dtype, torch.float32))
-    gram = z.T @ z                                                              # w w
+    gram = (z - z.mean(0)).T @ (z - z.mean(0))                                  # w w
     return gram.trace().square() / gram.square().sum()                          # Σλ and Σλ², without eigenvalues
 
 # %% ../../nbs/310_ssrl.contrastive.ipynb #b6165c92
