@@ -3,12 +3,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy.stats import kstest, ks_2samp
 from torch import nn
 from torch.testing import assert_close
 
 from sleepnb.core import SleepnbError
 from sleepnb.models.featurenet import FeatureClassifier, FeatureCNN, FeatureNet
-from sleepnb.models.layers import count_macs, count_parameters
+from sleepnb.models.layers import ConvBlock, count_macs, count_parameters
+from sleepnb.multimodal.reliability import hide_runs, in_mode, mask_starts, reliability, reliability_weights
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(1)
@@ -89,3 +91,108 @@ def test_featurenet_refuses_other_signals():
         with pytest.raises(SleepnbError, match='do not fit'): FeatureNet(2)(torch.zeros(shape))
     with pytest.raises(SleepnbError, match='channel mode'): FeatureNet(2, 'each')
     assert len(FeatureClassifier(64, None)) == 1
+
+def starts_by_rejection(n, g, room=2850, length=150, how='normal'):
+    "Triples of starts, each drawn until its runs do not touch."
+    made = []
+    while len(made) < n:
+        drawn = np.clip(np.rint(g.normal(1425, 475, 3)), 0, room) if how == 'normal' else g.integers(0, room + 1, 3)
+        drawn = sorted(drawn)
+        if all(b - a >= length for a,b in zip(drawn, drawn[1:])): made.append(drawn)
+    return np.array(made)
+
+@pytest.mark.parametrize('how', ['normal', 'uniform'])
+def test_starts_are_those_of_drawing_again(how):
+    made,g = mask_starts(4000, how=how), np.random.default_rng(0)
+    assert made.shape == (4000, 3) and made.dtype == torch.int64
+    assert made.min() >= 0 and made.max() <= 2850 and (made.diff(dim=-1) >= 150).all()
+    expected = starts_by_rejection(4000, g, how=how)
+    for i in range(3): assert ks_2samp(made[:, i].numpy(), expected[:, i]).pvalue > 1e-3
+    assert ks_2samp(made.diff(dim=-1)[:, 0].numpy(), np.diff(expected)[:, 0]).pvalue > 1e-3
+
+def test_one_run_is_normal_or_uniform():
+    made = mask_starts(4000, n_runs=1, length=450).flatten() + torch.rand(4000) - .5
+    assert kstest(made.numpy(), 'norm', (1275, 425)).pvalue > 1e-3
+    made = mask_starts(4000, n_runs=1, length=450, how='uniform').flatten() + torch.rand(4000)
+    assert kstest(made.numpy(), 'uniform', (0, 2551)).pvalue > 1e-3
+    ends = mask_starts(20_000, n_runs=1).flatten()                                  # ±3 SD: clipped, not drawn again
+    assert 10 < (ends == 0).sum() < 50 and 10 < (ends == 2850).sum() < 50
+
+@pytest.mark.parametrize('n_runs, length', [(3, 150), (1, 450), (9, 50), (6, 500), (20, 150)])
+def test_masks_hide_so_many_samples(n_runs, length):
+    "Also where no random set fits."
+    for how in ('normal', 'uniform'):
+        masked = hide_runs(torch.ones(50, 2, 3000), mask_starts(50, 3000, n_runs, length, how), length)
+        assert ((masked == 0).sum(-1) == n_runs*length).all() and torch.equal(masked[:, 0], masked[:, 1])
+
+def small_net(c=2):
+    return nn.Sequential(ConvBlock(c, 4, 50, 25), nn.Dropout(.5), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 5))
+
+@pytest.mark.parametrize('confidence', ['probability', 'logit'])
+def test_reliability_is_the_loops(confidence):
+    net,x,y = lived(small_net()).train(), double(4, 2, 3000), torch.tensor([0, 4, -1, 2], dtype=torch.int8)
+    torch.manual_seed(2)
+    r = reliability(net, x, y, confidence=confidence)
+    torch.manual_seed(2)
+    starts = mask_starts(9*4).tolist()                                              # passes, then epochs
+    net.eval()
+    for i in range(4):
+        p = []
+        for t in range(9):
+            one = x[i].clone()
+            for start in starts[t*4 + i]: one[:, start:start + 150] = 0
+            logits = net(one[None])[0].detach().numpy()
+            p.append(logits[y[i]] if confidence == 'logit' else np.exp(logits[y[i]]) / np.exp(logits).sum())
+        expected = sum((o - sum(p)/9)**2 for o in p)/9 if y[i] >= 0 else 0.
+        assert_close(r[i].item(), float(expected), atol=1e-15, rtol=1e-9)
+    assert r[y >= 0].min() > 0
+    assert len({tuple(o) for o in starts}) == 36                                    # each epoch and pass draws its own
+
+def test_reliability_leaves_the_network_as_it_was():
+    net,x,y = small_net(), torch.randn(3, 2, 3000), torch.tensor([0, 1, 2])
+    net[0].eval()
+    before,modes = {k: v.clone() for k,v in net.state_dict().items()}, [o.training for o in net.modules()]
+    r = reliability(net, x.requires_grad_(), y)
+    assert not r.requires_grad and all(o.grad is None for o in net.parameters())
+    assert [o.training for o in net.modules()] == modes and torch.is_grad_enabled()
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+    with pytest.raises(RuntimeError): reliability(net, x[:, :1], y)
+    assert [o.training for o in net.modules()] == modes and torch.is_grad_enabled()
+    with pytest.raises(ZeroDivisionError), in_mode(net): 1/0
+    assert [o.training for o in net.modules()] == modes
+    reliability(net, x, y, training=True)
+    assert not torch.equal(net[0][1].running_mean, before['0.1.running_mean'])
+    assert [o.training for o in net.modules()] == modes
+
+def test_reliability_is_no_coarser_in_half_precision():
+    class Half(nn.Module):
+        def forward(self, x): return torch.stack([x.mean((1, 2)), torch.zeros(len(x))], 1).half()
+    r = reliability(Half(), torch.rand(5, 1, 3000), torch.zeros(5, dtype=torch.int64))
+    assert r.dtype == torch.float32 and (r <= 20/81).all()
+
+@pytest.mark.parametrize('score, r, expected', [
+    ('exp', 20/81, (.202, 1.798)), ('exp', .01, (.950, 1.050)), ('exp', .05, (.761, 1.239)), ('negative', 20/81, (.156, 1.844))])
+def test_two_auxiliaries_weigh_as_worked_out(score, r, expected):
+    w = reliability_weights(torch.tensor([[r], [.2], [0.]]), primary=1, score=score)
+    assert_close(w.flatten(), torch.tensor([expected[0], 1, expected[1]]), atol=5e-4, rtol=0)
+
+@pytest.mark.parametrize('score', ['exp', 'negative'])
+@pytest.mark.parametrize('primary', [None, 0, 2])
+def test_weights_are_the_loops_over_what_is_there(score, primary):
+    r,there = .25*torch.rand(3, 64, dtype=torch.float64), torch.rand(3, 64) < .7
+    junk = r.masked_fill(~there, torch.nan).requires_grad_()
+    w = reliability_weights(junk, primary, score, there=there)
+    assert not w.requires_grad
+    for i in range(64):
+        z = {m: np.exp((np.exp(-r[m, i].item()) if score == 'exp' else -r[m, i].item()) / .1)
+             for m in range(3) if there[m, i] and m != primary}
+        expected = [len(z)*z[m]/sum(z.values()) if m in z else float(m == primary and there[m, i].item()) for m in range(3)]
+        assert_close(w[:, i], torch.tensor(expected, dtype=torch.float64))
+    assert_close(w.sum(0), there.sum(0).double())
+    assert_close(reliability_weights(r, primary, score).sum(0), torch.full((64,), 3., dtype=torch.float64))
+    assert (reliability_weights(r, primary, score) > .12).all() and (reliability_weights(r, primary, score) < 2.65).all()
+
+def test_epochs_without_a_stage_weigh_alike():
+    x,y = torch.randn(4, 2, 3000), torch.full((4,), -1)
+    r = torch.stack([reliability(small_net(), x, y) for _ in range(3)])
+    for primary in (None, 0): assert_close(reliability_weights(r, primary), torch.ones(3, 4))
