@@ -1,15 +1,19 @@
 """SleepSMC's blocks against loops in double precision, numbers worked out by hand, and many draws."""
+import math
+
 import numpy as np
 import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.stats import kstest, ks_2samp
 from torch import nn
+from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from sleepnb.core import SleepnbError
 from sleepnb.models.featurenet import FeatureClassifier, FeatureCNN, FeatureNet
 from sleepnb.models.layers import ConvBlock, count_macs, count_parameters
+from sleepnb.multimodal.contrast import WEIGHT_MODES, supcon_loss
 from sleepnb.multimodal.reliability import hide_runs, in_mode, mask_starts, reliability, reliability_weights
 
 @pytest.fixture(autouse=True)
@@ -196,3 +200,119 @@ def test_epochs_without_a_stage_weigh_alike():
     x,y = torch.randn(4, 2, 3000), torch.full((4,), -1)
     r = torch.stack([reliability(small_net(), x, y) for _ in range(3)])
     for primary in (None, 0): assert_close(reliability_weights(r, primary), torch.ones(3, 4))
+
+def supcon_by_loops(features, labels, weights, mode, temp, there):
+    "The loss of the paper, one instance after the other."
+    found = []
+    for m in range(features.shape[0]):
+        for i in range(features.shape[1]):
+            if labels[i] < 0 or not there[m][i]: continue
+            f,w = features[m, i].tolist(), weights[m, i].item()
+            if mode == 'literal': f = [w*o for o in f]
+            length = math.sqrt(sum(o*o for o in f))
+            f = [o/length for o in f]
+            if mode == 'scale_after_norm': f = [w*o for o in f]
+            found.append((f, labels[i].item(), w))
+    losses,counts = [],[]
+    for a,(f,y,w) in enumerate(found):
+        terms = [(math.exp(sum(p*q for p,q in zip(f, g))/temp) * (v if mode == 'pair' else 1), z == y)
+                 for b,(g,z,v) in enumerate(found) if b != a]
+        own = [-math.log(t/sum(t for t,_ in terms)) for t,same in terms if same]
+        if not own: continue
+        losses.append(sum(own)/len(own))
+        counts.append(w if mode == 'loss' else 1.)
+    return sum(c*l for c,l in zip(counts, losses)) / sum(counts)
+
+def draw_instances(b=6, d=8):
+    return double(3, b, d), torch.tensor([0, 1, 0, 4, 2, 1])[:b], torch.rand(3, b, dtype=torch.float64)*1.8 + .2
+
+@pytest.mark.parametrize('temp', [.1, 1.])
+@pytest.mark.parametrize('mode', WEIGHT_MODES)
+def test_supcon_is_the_loops(mode, temp):
+    features,labels,weights = draw_instances()
+    all_there,some = torch.ones(3, 6, dtype=torch.bool), torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 1, 0, 0, 0], [0]*5 + [1]]).bool()
+    ones = torch.ones_like(weights)
+    for y in (labels, torch.tensor([0, -1, 0, 4, 2, 1]), labels.to(torch.int8)):
+        for there in (None, all_there, some):
+            for w in (None, weights):
+                expected = supcon_by_loops(features, y, ones if w is None else w, mode, temp, all_there if there is None else there)
+                assert_close(supcon_loss(features, y, w, mode, temp, there).item(), expected, atol=1e-12, rtol=1e-12)
+
+@pytest.mark.parametrize('mode', WEIGHT_MODES)
+def test_supcon_does_not_depend_on_the_order(mode):
+    features,labels,weights = draw_instances()
+    there,loss = torch.rand(3, 6) < .8, lambda *o: supcon_loss(*o[:3], mode, there=o[3])
+    for _ in range(5):
+        i,m = torch.randperm(6), torch.randperm(3)
+        assert_close(loss(features[m][:, i], labels[i], weights[m][:, i], there[m][:, i]), loss(features, labels, weights, there))
+
+@pytest.mark.parametrize('mode', WEIGHT_MODES)
+def test_supcon_gradients(mode):
+    features,labels,weights = draw_instances(d=4)
+    there,labels[3] = torch.ones(3, 6, dtype=torch.bool), -1
+    there[1, 2] = there[0, 4] = there[1, 4] = False                                  # the last leaves one alone
+    for w in (None, weights):
+        assert gradcheck(lambda f: supcon_loss(f, labels, w, mode, temp=.5, there=there), (features.requires_grad_(),))
+    weights.requires_grad_()
+    supcon_loss(features, labels, weights, mode, there=there).backward()
+    assert weights.grad is None
+    hidden = ~there | (labels == -1)
+    assert not features.grad[hidden].any() and features.grad[:, labels == 0][there[:, labels == 0]].all()
+
+@pytest.mark.parametrize('mode', WEIGHT_MODES)
+def test_what_takes_no_part_may_be_anything(mode):
+    features,labels,weights = draw_instances()
+    there,labels[1] = torch.rand(3, 6) < .7, -1
+    hidden = ~there | (labels == -1)
+    results = []
+    for junk in (0., 1e30, torch.nan, torch.inf):
+        f = features.masked_fill(hidden[..., None], junk).requires_grad_()
+        w = weights.masked_fill(hidden, junk if junk == 0 else 1.)                    # what `reliability_weights` gives, or 1
+        loss = supcon_loss(f, labels, w, mode, there=there)
+        loss.backward()
+        results.append((loss.detach(), f.grad))
+    for loss,grad in results:
+        assert_close(loss, results[0][0])
+        assert_close(grad, results[0][1])
+        assert grad.isfinite().all()
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_weights_before_the_normalisation_do_nothing(dtype):
+    "Values and gradients: SleepSMC's Eq. 8 as printed."
+    features,labels = torch.randn(3, 64, 256, dtype=dtype), torch.randint(5, (64,))
+    weights = torch.rand(3, 64, dtype=dtype)*4 + .05
+    def run(*how):
+        f = features.clone().requires_grad_()
+        loss = supcon_loss(f, labels, *how)
+        loss.backward()
+        return loss.item(), f.grad
+    plain = run()
+    literal = run(weights, 'literal')
+    assert_close(literal[0], plain[0], atol=1e-6, rtol=1e-6)
+    assert_close(literal[1], plain[1], atol=1e-6*plain[1].abs().max().item(), rtol=1e-5 if dtype is torch.float32 else 1e-9)
+    for mode in ('scale_after_norm', 'loss', 'pair'):
+        assert not torch.allclose(run(weights, mode)[1], plain[1], rtol=.05, atol=0)
+        assert_close(run(torch.ones_like(weights), mode)[0], plain[0])
+
+def test_supcon_at_chance():
+    "Features that know nothing: ln(UI − 1), and half the variance of a logit."
+    losses = []
+    for _ in range(10):
+        y = torch.randint(5, (128,))
+        losses.append(supcon_loss(torch.randn(3, 128, 256), y[torch.randperm(128)]).item())
+    assert abs(sum(losses)/10 - (math.log(383) + 1/(2*256*.1**2))) < .01
+
+def test_supcon_survives_extremes():
+    labels,there = torch.tensor([0, 0, 1]), torch.zeros(3, 3, dtype=torch.bool)
+    for mode in WEIGHT_MODES:
+        for f in (torch.zeros(3, 3, 4), 1e4*torch.randn(3, 3, 4).half(), torch.ones(3, 3, 4)):
+            f = f.requires_grad_()
+            loss = supcon_loss(f, labels, torch.full((3, 3), 2.45), mode)
+            loss.backward()
+            assert loss.dtype == torch.float32 and loss.isfinite() and f.grad.isfinite().all()
+        f = torch.randn(3, 3, 4).requires_grad_()
+        for y,o in ((torch.full((3,), -1), None), (labels, there)):
+            loss = supcon_loss(f, y, torch.zeros(3, 3), mode, there=o)
+            loss.backward()
+            assert loss.item() == 0 and not f.grad.any()
+    with pytest.raises(SleepnbError, match='weight mode'): supcon_loss(f, labels, mode='exp')
