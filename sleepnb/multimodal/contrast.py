@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..core import UNSCORED, SleepnbError
 
-# %% ../../nbs/410_multimodal.contrast.ipynb #557aaa20
+# %% ../../nbs/410_multimodal.contrast.ipynb #df368eff
 WEIGHT_MODES = ('literal', 'scale_after_norm', 'loss', 'pair')
 
 def supcon_loss(
@@ -23,7 +23,8 @@ def supcon_loss(
     there:torch.Tensor|None=None,     # which modalities an epoch has, `(m, b)`; by default all
 )->torch.Tensor:                      # scalar ≥ 0 unless `pair`; 0 where nobody has anyone to resemble
     "Draws the features of one stage together, whatever the epoch and the modality (Khosla et al. 2020)."
-    if mode not in WEIGHT_MODES: raise SleepnbError('weight mode is unknown', expected=', '.join(WEIGHT_MODES), found=repr(mode))
+    if mode not in WEIGHT_MODES:
+        raise SleepnbError('weight mode is unknown', expected=', '.join(WEIGHT_MODES), found=repr(mode))
     y = labels.expand(features.shape[:2]).flatten()                             # instances: m·b
     valid = y != UNSCORED if there is None else (y != UNSCORED) & there.flatten()
     full = torch.promote_types(features.dtype, torch.float32)                   # half precision is too coarse here
