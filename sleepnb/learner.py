@@ -28,13 +28,15 @@ from .models.network import Backbone, StageNetwork, move_to
 from .ssrl.mtssrl import MONITORS, MTSSRL, TASKS
 from .weights import load_weights, save_weights
 
-# %% ../nbs/530_learner.ipynb #bd278122
+# %% ../nbs/530_learner.ipynb #9e44a14d
 def _montages(dls): return {s.cohort: list(s.channels) for s in dls.train.stores.stores}
 
 def _adamw(params, **kwargs): return OptimWrapper(params, opt=torch.optim.AdamW, **kwargs)
 
 def _weights_then_variances(network:MTSSRL)->list: # two parameter groups
     return [[p for n,p in network.named_parameters() if not n.startswith('weighting.')], [network.weighting.raw]]
+
+def _listed(cbs)->list: return list(cbs) if isinstance(cbs, (list, tuple)) else [cbs]
 
 def _total(pred:dict, rows:torch.Tensor)->torch.Tensor: return pred['loss']
 
@@ -54,14 +56,14 @@ def mtssrl_learner(
     seed:int=0,                     # of weights, order, augmentation and dropout
     backbone:dict|None=None,        # further arguments of `Backbone`, e.g. `dict(cam=dict(drop_radius=.2))`
     model:dict|None=None,           # further arguments of `MTSSRL`, e.g. `dict(pool='attention')`
-    cbs=(),                         # more callbacks
+    cbs=(),                         # more callbacks, or one
     **kwargs,                       # of `Learner`
 )->Learner:
     "Pretrains an encoder by three tasks (MTSSRL-MD, stage 1)."
     torch.manual_seed(seed)
     network = MTSSRL(Backbone(_montages(dls), encoder, align, **backbone or {}), tasks, weighting, **model or {})
     names = [*network.tasks, *(MONITORS[t] for t in network.tasks)]
-    return Learner(dls, network, _total, _adamw, lr, _weights_then_variances, [Reproducible(seed), TaskRecord(), *cbs],
+    return Learner(dls, network, _total, _adamw, lr, _weights_then_variances, [Reproducible(seed), TaskRecord(), *_listed(cbs)],
                    [_task_metric(n) for n in names], wd=[wd, 0.], **kwargs)
 
 # %% ../nbs/530_learner.ipynb #f5379c4a
@@ -84,7 +86,7 @@ def save_learner(
     return save_weights(path, get_model(learn.model), **_seen(learn), split=asdict(dls.split) | dict(id=dls.split.id),
                         recipe=dls.train.stores.stores[0].manifest['recipe'], **notes)
 
-# %% ../nbs/530_learner.ipynb #73404dbd
+# %% ../nbs/530_learner.ipynb #b550e234
 def _by_part(network:StageNetwork)->list: # parameter groups, from the signal to the stage
     return [[p for module in part for p in module.parameters()] for part in network.parts.values()]
 
@@ -113,7 +115,7 @@ def finetune_learner(
     seed:int=0,                       # of the classifier, order and dropout
     hidden:int=32,                    # features of the classifier's hidden layer
     drop:float=.5,                    # share of them that training hides
-    cbs=(),                           # more callbacks
+    cbs=(),                           # more callbacks, or one
     **kwargs,                         # of `Learner`
 )->Learner:
     """Fine-tunes a pretrained encoder to stages (MTSSRL-MD, stage 2).
@@ -123,13 +125,14 @@ def finetune_learner(
     _check_origin(dls.split, seen)
     torch.manual_seed(seed)
     network = StageNetwork(move_to(backbone, _montages(dls), heads_of), hidden, drop)
+    keep = KeepBest(patience=patience, start=max(unfreeze, default=0))
     learn = Learner(dls, network, CrossEntropyLossFlat(ignore_index=UNSCORED), _adamw, lr, _by_part,
-                    [Reproducible(seed), Unfreeze(unfreeze), KeepBest(patience=patience, start=max(unfreeze, default=0)), *cbs],
+                    [Reproducible(seed), Unfreeze(unfreeze), keep, *_listed(cbs)],
                     stage_metrics(), wd=wd, train_bn=False, **kwargs)
     learn.seen_before = seen
     return learn
 
-# %% ../nbs/530_learner.ipynb #9a5d3d16
+# %% ../nbs/530_learner.ipynb #3a76abbd
 def supervised_learner(
     dls:DataLoaders,                # of `labelled_loaders`
     encoder:str|nn.Module='compact',# as `Backbone` takes it
@@ -141,14 +144,14 @@ def supervised_learner(
     backbone:dict|None=None,        # further arguments of `Backbone`
     hidden:int=32,                  # features of the classifier's hidden layer
     drop:float=.5,                  # share of them that training hides
-    cbs=(),                         # more callbacks
+    cbs=(),                         # more callbacks, or one
     **kwargs,                       # of `Learner`
 )->Learner:
     "Trains a network to stages from random weights."
     torch.manual_seed(seed)
     network = StageNetwork(Backbone(_montages(dls), encoder, align, **backbone or {}), hidden, drop)
     return Learner(dls, network, CrossEntropyLossFlat(ignore_index=UNSCORED), _adamw, lr, _by_part,
-                   [Reproducible(seed), KeepBest(patience=patience), *cbs], stage_metrics(), wd=wd, **kwargs)
+                   [Reproducible(seed), KeepBest(patience=patience), *_listed(cbs)], stage_metrics(), wd=wd, **kwargs)
 
 # %% ../nbs/530_learner.ipynb #4e5e3ed7
 def predict_stages(

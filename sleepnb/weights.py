@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT', 'write_tensors', 'read_description', 'read_tensors', 'save_weights', 'load_weights']
 
-# %% ../nbs/510_weights.ipynb #66fa3927
+# %% ../nbs/510_weights.ipynb #5adcf393
 import json
 import os
 import platform
 from collections.abc import Iterable
+from hashlib import blake2b
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,7 +24,17 @@ from .core import Modality, Stage, WeightsError
 from .models.network import Backbone, StageNetwork
 from .ssrl.mtssrl import MTSSRL
 
-# %% ../nbs/510_weights.ipynb #b575260f
+# %% ../nbs/510_weights.ipynb #659382f4
+def _checksum(
+    text:str,                          # the description, as the file has it
+    tensors:dict[str, torch.Tensor],   # on the CPU
+)->str:                                # 32 hexadecimal digits
+    made = blake2b(text.encode(), digest_size=16)
+    for name,tensor in sorted(tensors.items()):
+        made.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        made.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return made.hexdigest()
+
 def write_tensors(
     path:str|Path,                     # replaced if it exists; its folder is made if need be
     tensors:dict[str, torch.Tensor],
@@ -32,7 +43,8 @@ def write_tensors(
     "Writes a file that is there whole or not at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = save({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, metadata=dict(sleepnb=json.dumps(description)))
+    tensors,text = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}, json.dumps(description)
+    made = save(tensors, metadata=dict(sleepnb=text, checksum=_checksum(text, tensors)))
     temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp')
     try:
         with temporary.open('wb') as f:
@@ -43,24 +55,32 @@ def write_tensors(
     finally: temporary.unlink(missing_ok=True)
     return path
 
+def _damaged(path, found):
+    return WeightsError('the file is damaged, or no weights file', where=path, expected='a complete .safetensors file',
+                        found=found, remedy='Get it again from where it came.')
+
+def _read(path, wanted): # the file's own metadata; its tensors, if they are wanted
+    try:
+        with safe_open(path, framework='pt') as f:
+            return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()} if wanted else {}
+    except FileNotFoundError as e: raise WeightsError('there is no such file', where=path) from e
+    except (SafetensorError, OSError, ValueError) as e: raise _damaged(path, str(e)) from e
+
+def _described(path, metadata):
+    try: described = json.loads(metadata.get('sleepnb'))
+    except (TypeError, ValueError): described = None
+    if not isinstance(described, dict) or not {'kind', 'format'} <= described.keys():
+        raise WeightsError('the file was not written by sleepnb', where=path, expected='a description in its header',
+                           found='none')
+    return described
+
 def read_description(
     path:str|Path,
 )->dict:
     """The description alone, which is quick.
 
     Raises `WeightsError` for a file that is missing, damaged, or not ours."""
-    try:
-        with safe_open(path, framework='pt') as f: text = (f.metadata() or {}).get('sleepnb')
-    except FileNotFoundError as e: raise WeightsError('there is no such file', where=path) from e
-    except (SafetensorError, OSError, ValueError) as e:
-        raise WeightsError('the file is damaged, or no weights file', where=path, expected='a complete .safetensors file',
-                           found=str(e), remedy='Get it again from where it came.') from e
-    try: described = json.loads(text)
-    except (TypeError, ValueError): described = None
-    if not isinstance(described, dict) or not {'kind', 'format'} <= described.keys():
-        raise WeightsError('the file was not written by sleepnb', where=path, expected='a description in its header',
-                           found='none')
-    return described
+    return _described(path, _read(path, False)[0])
 
 def read_tensors(
     path:str|Path,
@@ -68,7 +88,8 @@ def read_tensors(
     format:int,                        # the newest version of its format that can be read
 )->tuple[dict[str, torch.Tensor], dict]: # tensors; the description
     "As `read_description`, and raises `WeightsError` for a file of another kind or a later format."
-    described = read_description(path)
+    metadata,tensors = _read(path, True)
+    described = _described(path, metadata)
     if described['kind'] != kind:
         raise WeightsError('this is another kind of file', where=path, expected=kind, found=str(described['kind']))
     if described['format'] != format:
@@ -76,7 +97,9 @@ def read_tensors(
         raise WeightsError('the file has another format', where=path, expected=f'format {format}',
                            found=f'format {described["format"]}',
                            remedy='Update sleepnb.' if later else 'Train again, or use the version of sleepnb that wrote it.')
-    with safe_open(path, framework='pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, described
+    if (found := _checksum(metadata['sleepnb'], tensors)) != metadata.get('checksum'):
+        raise _damaged(path, f'checksum {found}, which should be {metadata.get("checksum")}')
+    return tensors, described
 
 # %% ../nbs/510_weights.ipynb #e420d71c
 FORMAT = 1 # of weights files
