@@ -342,3 +342,104 @@ def test_a_moved_backbone_is_a_copy():
     assert moved.alignment.cam('a') is not moved.alignment.cam('b') and list(backbone.config['montages']) == [*MONTAGES]
     moved.alignment.cam('a').heads.data.zero_()
     assert (moved.alignment.cam('b').heads != 0).any()
+
+# Kills
+
+KILLER = '''
+import json, os, random, signal, sys, time
+import torch
+from fastai.callback.core import Callback
+from sleepnb.callbacks import Checkpoint
+from sleepnb.data.loaders import Stores, labelled_loaders, pretraining_loaders
+from sleepnb.data.splits import Split
+from sleepnb.learner import finetune_learner, mtssrl_learner, save_learner
+from sleepnb.models.network import Backbone
+from sleepnb.weights import read_description
+
+phase,folder,kills,*stores = sys.argv[1:]
+file = os.path.join(folder, 'training.safetensors')
+stores = Stores(stores)
+split = Split(*([(c, s) for c in stores.cohorts for s in part] for part in ('abc', 'd', 'e')))
+pretraining,labelled = (f(stores, split, bs=4) for f in (pretraining_loaders, labelled_loaders))
+montages = {s.cohort: list(s.channels) for s in stores.stores}
+
+class Tell(Callback):
+    def __init__(self, to): self.to = to
+    def before_batch(self):
+        if self.training: os.write(self.to, b'.')
+
+def train(name, cbs=()):
+    if phase == 'mtssrl': learn = mtssrl_learner(pretraining, cbs=cbs)
+    else:
+        torch.manual_seed(7)
+        learn = finetune_learner(labelled, Backbone(montages), lr=3e-3, unfreeze=(1, 2, 3), cbs=cbs)
+    learn.recorder.add_time = False
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3 if phase == 'mtssrl' else 5)
+    recorder = learn.recorder
+    save_learner(learn, os.path.join(folder, name), values=[list(v) for v in recorder.values], losses=[float(v) for v in recorder.losses],
+                 lrs=recorder.lrs, table=learn.task_record.rows if phase == 'mtssrl' else learn.keep_best.kept['pass_'])
+
+def start(name, within):
+    ours,theirs = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            if within == 'rename': os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            if within == 'write':
+                def half(fd):
+                    os.ftruncate(fd, os.fstat(fd).st_size // 2)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                os.fsync = half
+            train(name, [Checkpoint(file, every_sec=0), Tell(theirs)])
+            os._exit(0)
+        except BaseException as e:
+            print(repr(e), file=sys.stderr, flush=True)
+            os._exit(1)
+    os.close(theirs)
+    return pid, ours
+
+def place():
+    if not os.path.exists(file): return None
+    state = dict(read_description(file)['state']['dict'])
+    return [state['pass'], state['step']]
+
+began = time.monotonic()
+train('whole.safetensors')
+second = (time.monotonic() - began) / 30 # about one step
+g,places,how,rounds = random.Random(0), [], [], 0
+while len(places) < int(kills) or os.path.exists(file):
+    within = 'enough' if len(places) >= int(kills) else ('moment', 'moment', 'rename', 'moment', 'write')[len(places) % 5]
+    pid,pipe = start(f'round{rounds}.safetensors', within)
+    if within == 'moment':
+        for _ in range(g.randint(0, 5) if places else 0): os.read(pipe, 1)
+        time.sleep(g.uniform(0, second) if places else 0)
+        try: os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+    _,status = os.waitpid(pid, 0)
+    os.close(pipe)
+    if os.WIFSIGNALED(status):
+        places.append(place())
+        how.append(within)
+    elif os.WEXITSTATUS(status): sys.exit('a training failed')
+    else:
+        rounds += 1
+        os.unlink(file)
+print(json.dumps(dict(places=places, how=how, rounds=rounds)))
+'''
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork on this system')
+@pytest.mark.parametrize('phase', ['mtssrl', 'finetune'])
+def test_twenty_kills_change_nothing(phase, folders, tmp_path):
+    environment = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    command = [sys.executable, '-c', KILLER, phase, tmp_path, '20', *folders]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout.splitlines()[-1])
+    assert len(seen['places']) >= 20 and {*seen['how']} == {'moment', 'rename', 'write'} and seen['rounds'] >= 1
+    assert seen['places'][0] is None                            # killed before anything was written
+    assert len({tuple(p) for p in seen['places'] if p and p[1]}) >= 6, seen['places'] # within a pass
+    network,described = load_weights(tmp_path/'whole.safetensors')
+    assert len(described['notes']['losses']) > 20
+    for i in range(seen['rounds']):
+        again,told = load_weights(tmp_path/f'round{i}.safetensors')
+        assert_close(weights(again), weights(network), **EXACT)
+        assert told['notes'] == described['notes']
