@@ -6,7 +6,7 @@
 __all__ = ['STAGE_METRICS', 'Reproducible', 'TrainingCallback', 'stage_metrics', 'Unfreeze', 'KeepBest', 'TaskRecord',
            'Checkpoint']
 
-# %% ../nbs/520_callbacks.ipynb #cd56278f
+# %% ../nbs/520_callbacks.ipynb #1a526a84
 import json
 import time
 from copy import deepcopy
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
+from fastai.data.load import DataLoader
 from fastai.metrics import AccumMetric
 from fastai.torch_core import get_model, rank_distrib
 from torch import nn
@@ -26,7 +27,11 @@ from .core import SleepnbError, WeightsError, seed_of
 from .metrics import agreement, confusion
 from .weights import read_tensors, write_tensors
 
-# %% ../nbs/520_callbacks.ipynb #d7223707
+# %% ../nbs/520_callbacks.ipynb #a3a7f675
+def _train_loader(learn)->DataLoader:
+    train = learn.dls.train
+    return getattr(train, 'dl', train) # `distrib_ctx` wraps it
+
 class Reproducible(Callback):
     "Makes order, augmentation and dropout functions of seed, pass and step."
     order = -5
@@ -36,7 +41,7 @@ class Reproducible(Callback):
 
     def before_train(self):
         self.step = 0
-        self.dls.train.set_pass(self.epoch)
+        _train_loader(self.learn).set_pass(self.epoch)
 
     def before_batch(self):
         keys = ('train', self.epoch, self.step) if self.training else ('valid', self.iter)
@@ -65,7 +70,7 @@ def stage_metrics(
                            to_np=True, flatten=True)
     return [metric(n) for n in names]
 
-# %% ../nbs/520_callbacks.ipynb #83dedafa
+# %% ../nbs/520_callbacks.ipynb #9fb63406
 class Unfreeze(TrainingCallback):
     "Frees the parameter groups of a network from the last to the first as passes go by."
     name,in_lr_find = 'unfreezing',True # `learn.unfreeze` is fastai's own
@@ -78,6 +83,8 @@ class Unfreeze(TrainingCallback):
         pass_:int, # from 0
     )->int:        # how many of the last groups learn
         return self.first + sum(pass_ >= a for a in self.at)
+
+    def before_fit(self): self.opt.unfreeze() # what is frozen now would not be exchanged between processes later
 
     def before_epoch(self): self.opt.freeze_to(len(self.opt.param_lists) - self.n_free(self.epoch))
 
@@ -182,7 +189,7 @@ def _unpack(packed, tensors):
     if kind == 'dict': return {k: _unpack(v, tensors) for k,v in content}
     return (tuple if kind == 'tuple' else list)(_unpack(v, tensors) for v in content)
 
-# %% ../nbs/520_callbacks.ipynb #e6566501
+# %% ../nbs/520_callbacks.ipynb #0d60e275
 def _digest(*contents)->str: # 12 hexadecimal digits
     "A name for arrays and anything that prints itself."
     return blake2b(b'|'.join(c.tobytes() if isinstance(c, np.ndarray) else repr(c).encode() for c in contents),
@@ -190,7 +197,7 @@ def _digest(*contents)->str: # 12 hexadecimal digits
 
 def _facts(learn)->dict:
     "What makes a training this one and no other."
-    network,train = get_model(learn.model), learn.dls.train
+    network,train = get_model(learn.model), _train_loader(learn)
     hypers = [{k: h[k] for k in ('lr', 'wd') if k in h} for h in learn.opt.hypers]
     shapes = [(k, tuple(v.shape)) for k,v in network.state_dict().items()]
     repeatable = getattr(learn, 'reproducible', None)
@@ -199,7 +206,7 @@ def _facts(learn)->dict:
                 seed=repeatable and repeatable.seed,
                 callbacks=sorted(type(c).__name__ for c in learn.cbs if hasattr(type(c), 'set_state')))
 
-# %% ../nbs/520_callbacks.ipynb #dea2f99a
+# %% ../nbs/520_callbacks.ipynb #ebe1fd8d
 _RECORDED = ('lrs', 'iters', 'losses', 'values')
 
 def _recorder_state(recorder)->dict:
@@ -244,7 +251,7 @@ class Checkpoint(TrainingCallback):
         self.learn.train_iter = self.found['train_iter']
         if step := self.found['step']:
             self.learn.pct_train,self.reproducible.step = self.found['pct_train'],step
-            self.dls.train.set_pass(self.epoch, step)
+            _train_loader(self.learn).set_pass(self.epoch, step)
             self._restore()                                # others may have begun the pass anew
         self.found = None
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from safetensors import safe_open
 from safetensors.torch import save
 from torch.testing import assert_close
 
@@ -443,3 +444,190 @@ def test_twenty_kills_change_nothing(phase, folders, tmp_path):
         again,told = load_weights(tmp_path/f'round{i}.safetensors')
         assert_close(weights(again), weights(network), **EXACT)
         assert told['notes'] == described['notes']
+
+# Two processes
+
+TOGETHER = '''
+import json, os, socket, sys, traceback
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from fastai.distributed import DistributedDL
+from safetensors.torch import save_file
+from torch import nn
+from sleepnb.callbacks import TrainingCallback
+from sleepnb.data.loaders import Stores, labelled_loaders, pretraining_loaders
+from sleepnb.data.splits import Split
+from sleepnb.learner import finetune_learner, mtssrl_learner, supervised_learner
+from sleepnb.models.network import Backbone, StageNetwork
+from sleepnb.ssrl.masking import BANDS, mask_band
+from sleepnb.ssrl.mtssrl import MTSSRL
+
+MISSING = [DistributedDataParallelKwargs(find_unused_parameters=True)] # not every batch has every cohort
+folder,*paths = sys.argv[1:]
+stores = Stores(paths)
+split = Split(*([(c, s) for c in stores.cohorts for s in part] for part in ('abc', 'd', 'e')))
+montages = {s.cohort: list(s.channels) for s in stores.stores}
+
+class Roll(nn.Module):
+    "Instead of random views, two fixed ones in turn."
+    turn = 0
+    def forward(self, x, scale):
+        self.turn += 1
+        return x.roll(100*(self.turn % 2), -1)
+
+class Fixed(MTSSRL):
+    "Masks the bands that the batch names."
+    def windows(self, part):
+        views,asked = super().windows(part)
+        return views | dict(FBM=[mask_band(part['x'], part['band'])]), asked | dict(FBM=part['band'])
+
+def share(batch, rank, n):
+    "Every n-th epoch of a batch."
+    (rows,parts),y = batch
+    pick,made = torch.arange(rank, len(rows), n), {}
+    for k,p in parts.items():
+        mine = p['at'] % n == rank
+        if mine.any(): made[k] = {j: v[mine] for j,v in p.items()} | dict(at=p['at'][mine] // n)
+    return (rows[pick], made), y[pick]
+
+batches = dict(stages=[*labelled_loaders(stores, split, bs=8).train], tasks=[*pretraining_loaders(stores, split, bs=8).train])
+for (_,parts),_ in batches['tasks']:
+    for part in parts.values(): part |= dict(band=part['at'] % len(BANDS), order=part['order'].where(part['order'] != 0, 1))
+for (_,parts),_ in batches['tasks'] + batches['stages']:
+    for part in parts.values(): part |= {k: v.double() for k,v in part.items() if v.is_floating_point()}
+
+def steps(what, rank, n):
+    torch.manual_seed(1)
+    backbone = Backbone(montages)
+    network = StageNetwork(backbone, drop=0) if what == 'stages' else Fixed(backbone, drop=0)
+    network.double().augment = Roll()
+    loss = nn.CrossEntropyLoss() if what == 'stages' else lambda pred,y: pred['loss']
+    opt = torch.optim.AdamW(network.eval().parameters(), lr=1e-3)   # normalisation keeps its statistics
+    model = Accelerator(cpu=True, kwargs_handlers=MISSING).prepare(network) if n > 1 else network
+    assert isinstance(model, nn.parallel.DistributedDataParallel) == (n > 1)
+    gradients = []
+    for batch in batches[what]:
+        inputs,y = share(batch, rank, n)
+        loss(model(inputs), y).backward()
+        gradients.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in network.parameters()]))
+        opt.step()
+        opt.zero_grad()
+    assert len(gradients) >= 3
+    return {f'{what} gradients': torch.stack(gradients), f'{what} weights': torch.cat([p.detach().flatten() for p in network.parameters()])}
+
+class Rows(TrainingCallback):
+    "Which rows each pass trained on, batch by batch."
+    order = 95
+    def before_fit(self): self.passes = []
+    def before_train(self): self.passes.append([])
+    def after_batch(self):
+        if self.training: self.passes[-1].append(self.x[0].tolist())
+
+def fit(what):
+    dls = (pretraining_loaders if what == 'mtssrl' else labelled_loaders)(stores, split, bs=4, mix='homogeneous' if what == 'mtssrl' else 'proportional')
+    torch.manual_seed(1)
+    learn = dict(mtssrl=lambda: mtssrl_learner(dls, cbs=Rows()), supervised=lambda: supervised_learner(dls, cbs=Rows()),
+                 finetune=lambda: finetune_learner(dls, Backbone(montages), unfreeze=(1, 2, 3), cbs=Rows()))[what]()
+    learn.recorder.add_time = False
+    with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=MISSING), learn.no_bar(), learn.no_logging(): learn.fit(3)
+    values = [list(v) for v in learn.recorder.values]
+    with learn.no_bar(), learn.no_logging(): alone = list(learn.validate()) if what == 'supervised' else None
+    facts = dict(passes=learn.rows.passes, order=[dls.train.order(p).reshape(-1, 4).tolist() for p in range(3)],
+                 values=values, alone=alone, best=learn.keep_best.kept['pass_'] if alone else None)
+    return facts, torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+def rest_of_a_pass():
+    dl = labelled_loaders(stores, split, bs=4).train
+    wrapped = DistributedDL(dl, device='cpu')
+    rows = lambda step: dl.set_pass(1, step) or [b[0][0].tolist() for b in wrapped]
+    return rows(0)[2:], rows(2)
+
+def broadcast(self, t, rank): # fastai's needs a graphics card
+    t = torch.tensor(t)
+    dist.broadcast(t, rank)
+    return t.tolist()
+
+def work(rank, port):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    DistributedDL._broadcast = broadcast
+    dist.init_process_group('gloo')
+    made,facts = steps('stages', rank, 2) | steps('tasks', rank, 2), dict(rest=rest_of_a_pass())
+    for what in ('mtssrl', 'supervised', 'finetune'): facts[what],made[what] = fit(what)
+    save_file(made, f'{folder}/{rank}.safetensors', metadata=dict(facts=json.dumps(facts)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+save_file(steps('stages', 0, 1) | steps('tasks', 0, 1), f'{folder}/one.safetensors')
+with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+children = []
+for rank in range(2):
+    if not (pid := os.fork()):
+        try:
+            work(rank, port)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    children.append(pid)
+sys.exit(any([os.waitpid(pid, 0)[1] for pid in children]))
+'''
+
+@pytest.fixture(scope='module')
+def together(folders, tmp_path_factory):
+    "What two processes learned together, and one alone from the same batches."
+    pytest.importorskip('accelerate', reason='accelerate is not installed')
+    if not hasattr(os, 'fork'): pytest.skip('no fork on this system')
+    folder = tmp_path_factory.mktemp('together')
+    environment = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    run = subprocess.run([sys.executable, '-c', TOGETHER, folder, *folders], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    made = {}
+    for name in ('one', '0', '1'):
+        with safe_open(folder/f'{name}.safetensors', framework='pt') as f:
+            facts = json.loads((f.metadata() or {}).get('facts', '{}'))
+            made[name] = SimpleNamespace(facts=facts, tensors={k: f.get_tensor(k) for k in f.keys()})
+    return made
+
+@pytest.mark.parametrize('what', ['stages', 'tasks'])
+def test_two_processes_are_one_of_twice_the_batch(together, what):
+    for name in ('gradients', 'weights'):
+        one = together['one'].tensors[f'{what} {name}']
+        assert one.abs().max() > .01
+        for rank in '01': assert_close(together[rank].tensors[f'{what} {name}'], one, atol=1e-6, rtol=0)
+
+@pytest.mark.parametrize('what', ['mtssrl', 'supervised', 'finetune'])
+def test_distrib_ctx_divides_batches_and_agrees(together, what):
+    a,b = (together[rank] for rank in '01')
+    assert_close(a.tensors[what], b.tensors[what], **EXACT)
+    a,b = a.facts[what],b.facts[what]
+    assert a['values'] == b['values'] and len(a['values']) == 3
+    for p,order in enumerate(a['order']):
+        steps = list(chain.from_iterable(zip(a['passes'][p], b['passes'][p])))
+        assert steps == order + order[:len(order) % 2]          # whole batches, in turn; if one is missing, the first again
+    if what == 'supervised': assert len(order) % 2 and a['alone'] == pytest.approx(a['values'][a['best']][1:], abs=1e-6)
+    if what == 'mtssrl': assert all(len({row >= 30 for row in batch}) == 1 for batch in order) # of one cohort
+
+def test_going_on_within_a_pass_together(together):
+    for rank in '01':
+        expected,found = together[rank].facts['rest']
+        assert expected == found and len(found) > 1
+
+# A graphics card
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU on this machine')
+@pytest.mark.parametrize('precision', ['to_fp32', 'to_fp16', 'to_bf16'])
+def test_a_gpu_trains_in_every_precision_and_goes_on(make, precision, tmp_path):
+    class Stop(Callback):
+        order = 99
+        def after_batch(self):
+            if self.training and self.epoch == 1 and self.iter == 1: raise KeyboardInterrupt
+    def learner(*cbs):
+        learn = make(cbs=[Checkpoint(tmp_path/'c.safetensors', 0), *cbs])
+        return learn if precision == 'to_fp32' else getattr(learn, precision)()
+    with pytest.raises(KeyboardInterrupt): fitted(learner(Stop()), 2)
+    learn = fitted(learner(), 2)
+    assert next(learn.model.parameters()).device.type == 'cuda' and len(learn.recorder.values) == 2
+    assert all(v.isfinite().all() for v in learn.model.state_dict().values())

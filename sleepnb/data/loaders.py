@@ -294,7 +294,7 @@ def show_batch(
         ax.spines[['top', 'right']].set_visible(False)
     for ax in axes[-1]: ax.set_xlabel('seconds')
 
-# %% ../../nbs/150_data.loaders.ipynb #c9e5f9e2
+# %% ../../nbs/150_data.loaders.ipynb #991edd89
 def _check(stores, rows, labelled, mix, modalities):
     if mix not in MIXES:
         raise StoreError('mix is a way to compose batches', expected=' or '.join(MIXES), found=repr(mix))
@@ -306,6 +306,9 @@ def _check(stores, rows, labelled, mix, modalities):
     if isinstance(modalities, str) or (absent := {*(modalities or ())} - kinds):
         raise StoreError('no store has such a modality', expected=' or '.join(sorted(kinds)),
                          found=repr(modalities) if isinstance(modalities, str) else ', '.join(sorted(absent)))
+
+def _n_processes()->int: # that train together
+    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
 
 class EpochLoader(DataLoader):
     "Batches of epochs: shuffled and whole for training, otherwise in order and complete."
@@ -357,7 +360,12 @@ class EpochLoader(DataLoader):
         self._order = self.order(self._pass)
         self._next = self._pass + bool(self.shuffle),0
 
-    def get_idxs(self): return range(self._skip*self.bs, self.n)
+    def get_idxs(self):
+        if not self.shuffle: return range(self._skip*self.bs, self.n)
+        n = _n_processes()
+        steps = -(-len(self) // n)
+        batches = np.arange(steps*n).reshape(steps, n)[self._skip:].T % len(self)            # process, step
+        return (batches.reshape(-1, 1)*self.bs + np.arange(self.bs)).ravel().tolist()
 
     def create_batches(self, samps):
         pass_,order = self._pass,self._order   # noted now: another iteration may begin before this one ends
