@@ -6,10 +6,11 @@
 __all__ = ['STAGE_METRICS', 'Reproducible', 'TrainingCallback', 'stage_metrics', 'Unfreeze', 'KeepBest', 'TaskRecord',
            'Checkpoint']
 
-# %% ../nbs/520_callbacks.ipynb #1a526a84
+# %% ../nbs/520_callbacks.ipynb #18bc1254
 import json
 import time
 from copy import deepcopy
+from glob import escape
 from hashlib import blake2b
 from pathlib import Path
 
@@ -189,7 +190,7 @@ def _unpack(packed, tensors):
     if kind == 'dict': return {k: _unpack(v, tensors) for k,v in content}
     return (tuple if kind == 'tuple' else list)(_unpack(v, tensors) for v in content)
 
-# %% ../nbs/520_callbacks.ipynb #0d60e275
+# %% ../nbs/520_callbacks.ipynb #9cd5da00
 def _digest(*contents)->str: # 12 hexadecimal digits
     "A name for arrays and anything that prints itself."
     return blake2b(b'|'.join(c.tobytes() if isinstance(c, np.ndarray) else repr(c).encode() for c in contents),
@@ -201,12 +202,13 @@ def _facts(learn)->dict:
     hypers = [{k: h[k] for k in ('lr', 'wd') if k in h} for h in learn.opt.hypers]
     shapes = [(k, tuple(v.shape)) for k,v in network.state_dict().items()]
     repeatable = getattr(learn, 'reproducible', None)
+    configs = [getattr(n, 'config', None) for n in (network, getattr(network, 'backbone', None))]
     return dict(passes=learn.n_epoch, batch=train.bs, epochs=_digest(train.rows), hypers=hypers, mix=train.mix,
-                network=_digest(type(network).__name__, shapes, getattr(network, 'config', None)),
+                steps=len(train), order=int(train.seed), network=_digest(type(network).__name__, shapes, configs),
                 seed=repeatable and repeatable.seed,
                 callbacks=sorted(type(c).__name__ for c in learn.cbs if hasattr(type(c), 'set_state')))
 
-# %% ../nbs/520_callbacks.ipynb #ebe1fd8d
+# %% ../nbs/520_callbacks.ipynb #cf1e3734
 _RECORDED = ('lrs', 'iters', 'losses', 'values')
 
 def _recorder_state(recorder)->dict:
@@ -230,6 +232,7 @@ class Checkpoint(TrainingCallback):
         if not hasattr(self.learn, 'reproducible'):
             raise SleepnbError('a checkpoint needs a training that can be repeated', remedy='Add the callback Reproducible().')
         self.facts,self.found,self.saved_at = _facts(self.learn), None, time.monotonic()
+        for left in self.file.parent.glob(f'.{escape(self.file.name)}.*.tmp'): left.unlink(missing_ok=True) # by a kill
         if not self.file.exists(): return
         tensors,described = read_tensors(self.file, 'checkpoint', 1)
         if differ := [k for k,v in self.facts.items() if described['facts'].get(k) != v]:

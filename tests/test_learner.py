@@ -424,7 +424,7 @@ while len(places) < int(kills) or os.path.exists(file):
     else:
         rounds += 1
         os.unlink(file)
-print(json.dumps(dict(places=places, how=how, rounds=rounds)))
+print(json.dumps(dict(places=places, how=how, rounds=rounds, left=[f for f in os.listdir(folder) if f.endswith('.tmp')])))
 '''
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork on this system')
@@ -436,6 +436,7 @@ def test_twenty_kills_change_nothing(phase, folders, tmp_path):
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout.splitlines()[-1])
     assert len(seen['places']) >= 20 and {*seen['how']} == {'moment', 'rename', 'write'} and seen['rounds'] >= 1
+    assert not seen['left']                                     # half-written files
     assert seen['places'][0] is None                            # killed before anything was written
     assert len({tuple(p) for p in seen['places'] if p and p[1]}) >= 6, seen['places'] # within a pass
     network,described = load_weights(tmp_path/'whole.safetensors')
@@ -444,6 +445,23 @@ def test_twenty_kills_change_nothing(phase, folders, tmp_path):
         again,told = load_weights(tmp_path/f'round{i}.safetensors')
         assert_close(weights(again), weights(network), **EXACT)
         assert told['notes'] == described['notes']
+
+def test_a_checkpoint_is_of_one_training(stores, split, tmp_path):
+    loaders = partial(pretraining_loaders, stores, split)
+    facts = dict(bs=12, seed=0), dict(seed=0, lr=1e-3, backbone=dict(clip=20.), model=dict(drop=.5)), 1
+    def train(loading, learning, passes):
+        return fitted(mtssrl_learner(loaders(**loading), **learning, cbs=Checkpoint(tmp_path/'c.safetensors')), passes)
+    train(*facts)
+    train(*facts)                                               # finished: goes on, to do nothing
+    written = (tmp_path/'c.safetensors').read_bytes()
+    for i,other in enumerate([dict(bs=11), dict(seed=1), dict(mix='equal'), dict(min_steps=7), dict(seed=1), dict(lr=1e-4), dict(wd=0.),
+                              dict(weighting='equal'), dict(backbone=dict(clip=10.)), dict(model=dict(drop=.1))]):
+        with pytest.raises(WeightsError, match='of another training'):
+            train(facts[0] | (other if i < 4 else {}), facts[1] | (other if i >= 4 else {}), 1)
+    with pytest.raises(WeightsError, match='passes 2'): train(*facts[:2], 2)
+    with pytest.raises(WeightsError, match='of another training'):
+        fitted(mtssrl_learner(pretraining_loaders(stores, among('abd', 'c', 'e'), bs=12), cbs=Checkpoint(tmp_path/'c.safetensors')), 1)
+    assert (tmp_path/'c.safetensors').read_bytes() == written
 
 # Two processes
 

@@ -1,14 +1,15 @@
-"""Measures sleepnb beside other ways to do the same, and writes nbs/artifacts/benchmark_data.csv.
+"""Measures sleepnb beside other ways to do the same, and writes nbs/artifacts/benchmark_data.csv or benchmark_training.csv.
 
-    python tools/benchmark.py [--repeats 5]
+    python tools/benchmark.py [data|training] [--repeats 5]
 
-Each measurement is a process of its own, with one thread, warmed up on a short recording; the ways alternate. What is
-written: CPU seconds of the work alone, and the peak memory of the process, imports included."""
+Each measurement is a process of its own, with one thread, warmed up; the ways alternate. What is written for `data`: CPU
+seconds of the work alone, and the peak memory of the process, imports included. For `training`, both ways run in the
+same process, by turns first, and CPU seconds of a step are written."""
 import argparse, csv, json, os, platform, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-OUT = ROOT/'nbs'/'artifacts'/'benchmark_data.csv'
+OUT = ROOT/'nbs'/'artifacts'
 
 PREAMBLE = '''
 import json, resource, sys, time, warnings
@@ -62,17 +63,66 @@ for _ in range(100): shape = take(rng.integers(0, len(stores), 100)).shape
 print(json.dumps(dict(cpu_s=(time.process_time() - start) / 100, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, shape=list(shape))))
 '''
 
-def write_store(path, nights):
-    "Short nights of noise in seven channels, 60 epochs each."
+MONTAGES = dict(
+    two=('Fpz-Cz', 'Pz-Oz'), six=('F3-M2', 'F4-M1', 'C3-M2', 'C4-M1', 'O1-M2', 'O2-M1'),
+    eleven=('Fp1-M2', 'Fp2-M1', 'F3-M2', 'F4-M1', 'C3-M2', 'C4-M1', 'P3-M2', 'P4-M1', 'O1-M2', 'O2-M1', 'Cz-M1'))
+TRAININGS = { # name → code that defines `dls`, `make_learner()` and `loss(pred, y)`
+    'pretraining: mtssrl_learner': '''
+from sleepnb.data.loaders import pretraining_loaders
+from sleepnb.learner import mtssrl_learner
+dls = pretraining_loaders(stores, bs=100)
+def make_learner(): return mtssrl_learner(dls)
+def loss(pred, y): return pred['loss']
+''',
+    'training with labels: supervised_learner': '''
+from sleepnb.data.loaders import labelled_loaders
+from sleepnb.learner import supervised_learner
+dls = labelled_loaders(stores, bs=100)
+def make_learner(): return supervised_learner(dls)
+loss = torch.nn.functional.cross_entropy
+'''}
+MEASURE_TRAINING = '''
+import torch
+from sleepnb.data.loaders import Stores
+first,*paths = sys.argv[2:]
+stores,passes = Stores(paths, in_memory=True), 1
+exec(sys.argv[1])
+def fit(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(passes)
+def loop(learn):
+    network,opt = learn.model, torch.optim.AdamW(learn.model.parameters(), lr=1e-3)
+    for n in range(passes):
+        dls.train.set_pass(n)
+        network.train()
+        for inputs,y in dls.train:
+            loss(network(inputs), y).backward()
+            opt.step()
+            opt.zero_grad()
+        network.eval()
+        with torch.no_grad():
+            for inputs,y in dls.valid: loss(network(inputs), y)
+ways = {'plain PyTorch loop': loop, 'Learner': fit}
+loop(make_learner())
+cpu_s,passes = {}, 2
+for way in sorted(ways, reverse=first == 'Learner last'):
+    learn = make_learner()
+    start = time.process_time()
+    ways[way](learn)
+    cpu_s[way] = (time.process_time() - start) / (passes*len(dls.train))
+print(json.dumps(cpu_s))
+'''
+
+def write_store(path, nights, names=None, cohort='noise'):
+    "Short nights of noise, 60 epochs each; in seven channels if none are named."
     import numpy as np, pandas as pd
     from sleepnb.data.psg import Night
     from sleepnb.data.store import Cohort, prepare
     from sleepnb.montage import AASM, parse_channel
-    names = AASM[:7]
+    names = names or AASM[:7]
     def read(row):
-        x = np.random.default_rng(int(row['subject'])).normal(size=(7, 60*3000)).astype(np.float32) * 30
-        return Night(list(x), [100]*7, [parse_channel(n) for n in names], np.zeros(60, np.int8))
-    prepare(Cohort('noise', pd.DataFrame(dict(subject=range(nights), night=1)), names, read), path, progress=False)
+        x = np.random.default_rng(int(row['subject'])).normal(size=(len(names), 60*3000)).astype(np.float32) * 30
+        return Night(list(x), [100]*len(names), [parse_channel(n) for n in names], np.arange(60, dtype=np.int8) % 5)
+    prepare(Cohort(cohort, pd.DataFrame(dict(subject=range(nights), night=1)), names, read), path, progress=False)
     return str(path)
 
 def write_recording(path, hours, mixed):
@@ -94,25 +144,38 @@ def measure(code, *args):
     print(run.stdout.splitlines()[-1], flush=True)
     return dict(machine=f'{platform.machine()}, {os.cpu_count()} cores') | json.loads(run.stdout.splitlines()[-1])
 
+def benchmark_data(folder, repeats):
+    rows = []
+    for what,mixed in (('one rate: 7 channels at 200 Hz', False), ('mixed rates: the same, and 1, 25, 500 Hz', True)):
+        files = write_recording(folder/'short.edf', .1, mixed), write_recording(folder/'night.edf', 8, mixed)
+        for i in range(repeats):
+            for way,code in WAYS.items():
+                rows.append(dict(what=what, way=way, repeat=i) | measure(PREAMBLE + code + MEASURE, *files))
+    for nights in (20, 100):
+        store = write_store(folder/f'store-{nights}', nights)
+        for i in range(repeats):
+            for way,code in BATCHES.items():
+                rows.append(dict(what=f'a batch: 100 epochs of 7 channels, of {nights} nights', way=way, repeat=i)
+                            | measure(PREAMBLE + MEASURE_BATCHES, store, code))
+    return rows
+
+def benchmark_training(folder, repeats):
+    rows,stores = [], [write_store(folder/k, 5, v, k) for k,v in MONTAGES.items()]
+    for i in range(repeats):
+        for what,code in TRAININGS.items():
+            made = measure(PREAMBLE + MEASURE_TRAINING, code, ('Learner last', 'Learner first')[i % 2], *stores)
+            machine = made.pop('machine')
+            rows += [dict(what=what, way=way, repeat=i, machine=machine, cpu_s=round(cpu_s, 5)) for way,cpu_s in made.items()]
+    return rows
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('what', nargs='?', choices=('data', 'training'), default='data')
     parser.add_argument('--repeats', type=int, default=5)
-    repeats = parser.parse_args().repeats
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for what,mixed in (('one rate: 7 channels at 200 Hz', False), ('mixed rates: the same, and 1, 25, 500 Hz', True)):
-            files = write_recording(folder/'short.edf', .1, mixed), write_recording(folder/'night.edf', 8, mixed)
-            for i in range(repeats):
-                for way,code in WAYS.items():
-                    rows.append(dict(what=what, way=way, repeat=i) | measure(PREAMBLE + code + MEASURE, *files))
-        for nights in (20, 100):
-            store = write_store(folder/f'store-{nights}', nights)
-            for i in range(repeats):
-                for way,code in BATCHES.items():
-                    rows.append(dict(what=f'a batch: 100 epochs of 7 channels, of {nights} nights', way=way, repeat=i)
-                                | measure(PREAMBLE + MEASURE_BATCHES, store, code))
-    with OUT.open('w', newline='') as f:
+    args = parser.parse_args()
+    benchmark = dict(data=benchmark_data, training=benchmark_training)[args.what]
+    with tempfile.TemporaryDirectory() as folder: rows = benchmark(Path(folder), args.repeats)
+    with (OUT/f'benchmark_{args.what}.csv').open('w', newline='') as f:
         writer = csv.DictWriter(f, rows[0], lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
