@@ -217,6 +217,14 @@ def test_what_is_frozen_stays(stores, split):
     assert learn.watch.seen[-1][-1] == statistics and 'alignment' not in free
     assert_close(weights(learn.model.backbone.alignment), before, **EXACT)
 
+def test_a_training_begins_with_everything_free(stores, split):
+    class See(Callback):
+        "What torch's DistributedDataParallel would find: it never exchanges what is frozen when a training begins."
+        order = 11
+        def before_fit(self): self.free = all(p.requires_grad for p in self.model.parameters())
+    learn = finetune_learner(labelled_loaders(stores, split, bs=8), Backbone(MONTAGES), cbs=See())
+    for _ in range(2): assert fitted(learn, 1).see.free and not all(p.requires_grad for p in learn.model.parameters())
+
 # Whom the weights have seen
 
 def test_people_go_on_from_file_to_file(folders, stores, tmp_path):
