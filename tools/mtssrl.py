@@ -8,11 +8,14 @@
     python tools/mtssrl.py --work DIR tables                 writes the files
 
 Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
-import argparse, json, os
+import argparse, os, sys
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # two trainings side by side on two cores are faster so
+KEEP = dict(MALLOC_MMAP_THRESHOLD_='4000000000', MALLOC_TRIM_THRESHOLD_='8000000000')
+if __name__ == '__main__' and sys.platform == 'linux' and not KEEP.keys() <= os.environ.keys():
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)   # steps that keep their memory take a third less time
 
 import numpy as np
 import pandas as pd
@@ -81,7 +84,8 @@ def pretrain(work, arm):
     with learn.no_bar(): learn.fit(round(STEPS / len(dls.train)), cbs=Checkpoint(work/f'pretraining {arm}.safetensors'))
     table = learn.task_record.table.assign(arm=arm)
     valid = pd.DataFrame(list(learn.recorder.values), columns=learn.recorder.metric_names[1:-1])
-    table.merge(valid.add_prefix('valid ').assign(**{'pass': range(len(valid))}), on='pass').to_csv(out.with_suffix('.csv'), index=False)
+    table = table.merge(valid.add_prefix('valid ').assign(**{'pass': range(len(valid))}), on='pass')
+    table.to_csv(out.with_suffix('.csv'), index=False)
     save_learner(learn, out, arm=arm)
 
 def finetune(work, arm, target, lr, seed=0):
@@ -145,22 +149,28 @@ def within(x, y):
     for k in range(5): pred[fold == k] = classifier().fit(x[fold != k], y[fold != k]).predict(x[fold == k])
     return cohen_kappa_score(y, pred)
 
+NO_DROPOUT = dict(backbone=dict(drop=0.))
+REAL_ARMS = { # arguments of the learner
+    'all': {}, 'all, no dropout': NO_DROPOUT, 'all, equal, no dropout': dict(weighting='equal') | NO_DROPOUT,
+    **{f'{t} only{how}': dict(tasks=(t,), weighting='equal') | kwargs for t in TASKS
+       for how,kwargs in (('', {}), (', no dropout', NO_DROPOUT))}}
+
 def probe_real(work, seeds=(0, 1, 2)):
     "Ten passes over the real night without its labels; a probe within the night; and one that comes from simulated subjects."
     stores,rows = real_night(work)
     y,everything = stores.stages[rows], np.arange(len(stores))
     found = []
-    for tasks in (TASKS, *((t,) for t in TASKS)):
-        for seed in seeds if tasks == TASKS else seeds[:1]:
-            dls = DataLoaders(*(EpochLoader(stores, everything, bs=BATCH, shuffle=s, labelled=False, draw=draw_triplets, seed=seed)
-                                for s in (True, False)), device='cpu')
-            learn = mtssrl_learner(dls, tasks=tasks, seed=seed, weighting='uw_shift' if tasks == TASKS else 'equal')
+    for arm,kwargs in REAL_ARMS.items():
+        for seed in seeds if arm in ('all', 'all, no dropout') else seeds[:1]:
+            of = dict(bs=BATCH, labelled=False, draw=draw_triplets, seed=seed)
+            dls = DataLoaders(*(EpochLoader(stores, everything, shuffle=s, **of) for s in (True, False)), device='cpu')
+            learn = mtssrl_learner(dls, seed=seed, **kwargs)
             before = within(tokens(learn.model.backbone, stores, rows), y)
-            with learn.no_bar(): learn.fit(10, cbs=Checkpoint(work/f'real {"+".join(tasks)} {seed}.safetensors'))
+            with learn.no_bar(): learn.fit(10, cbs=Checkpoint(work/f'real {arm} {seed}.safetensors'))
             after = within(tokens(learn.model.backbone, stores, rows), y)
-            last = learn.task_record.table.iloc[-len(tasks):].set_index('task')
-            found.append(dict(probe='within the night', arm='+'.join(tasks), seed=seed, random=before, pretrained=after,
-                              ts_accuracy=last['TS accuracy'].get('TS') if 'TS' in tasks else None))
+            last = learn.task_record.table.groupby('task').last()
+            found.append(dict(probe='within the night', arm=arm, seed=seed, random=before, pretrained=after,
+                              **{f'{t} loss': last.loss.get(t) for t in TASKS}))
             print(found[-1], flush=True)
     made = stores_of(work, 'S')
     train = rows_of(made, holdout_split(made.nights), 'train')
@@ -196,7 +206,8 @@ def triplets():
             a,b,c = x[rows], x[rows][others[:, 0]], x[rows][others[:, 1]]
             parts.append((np.concatenate([abs(a - b), abs(b - c)], axis=1)[order != 0], order[order != 0], asked[order != 0]))
         z,order,who = (np.concatenate(p) for p in zip(*parts))
-        for name,model in (('the head of the task', classifier()), ('trees', HistGradientBoostingClassifier(max_iter=150, random_state=0))):
+        trees = HistGradientBoostingClassifier(max_iter=150, random_state=0)
+        for name,model in (('the head of the task', classifier()), ('trees', trees)):
             prob = model.fit(z[~who], order[~who]).predict_proba(z[who])[:, 1]
             right = np.where(order[who] > 0, prob, 1 - prob)
             found.append(dict(near=near, far=far, classifier=name, accuracy=(right > .5).mean(), loss=-np.log(right).mean(),
