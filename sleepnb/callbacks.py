@@ -93,7 +93,7 @@ class Unfreeze(TrainingCallback):
         for part in list(get_model(self.model).parts.values())[:-self.n_free(self.epoch)]:
             for module in part: module.eval()
 
-# %% ../nbs/520_callbacks.ipynb #48535c63
+# %% ../nbs/520_callbacks.ipynb #96a452fc
 class KeepBest(TrainingCallback):
     "Ends the training when a metric has not improved for long, and leaves the weights of its best pass."
     order = 60
@@ -101,8 +101,10 @@ class KeepBest(TrainingCallback):
         monitor:str='macro_f1',  # a metric of the learner, or `'valid_loss'`
         patience:int|None=20,    # passes without improvement; `None` never ends
         start:int=0,             # patience counts from this pass
-        higher:bool=True,        # is higher better?
-    ): self.monitor,self.patience,self.start,self.higher = monitor, patience, start, higher
+        higher:bool|None=None,   # is higher better? `None`: unless it is a loss
+    ):
+        self.monitor,self.patience,self.start = monitor, patience, start
+        self.higher = 'loss' not in monitor if higher is None else higher
 
     def before_fit(self):
         if self.monitor not in self.recorder.metric_names[1:]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch.testing import assert_close
 
-from sleepnb.callbacks import Checkpoint, Unfreeze, stage_metrics
+from sleepnb.callbacks import Checkpoint, KeepBest, Unfreeze, stage_metrics
 from sleepnb.core import UNSCORED, SleepnbError, SplitError, WeightsError, seed_of
 from sleepnb.data.loaders import Stores, labelled_loaders, pretraining_loaders
 from sleepnb.data.psg import Night
@@ -224,6 +224,14 @@ def test_a_training_begins_with_everything_free(stores, split):
         def before_fit(self): self.free = all(p.requires_grad for p in self.model.parameters())
     learn = finetune_learner(labelled_loaders(stores, split, bs=8), Backbone(MONTAGES), cbs=See())
     for _ in range(2): assert fitted(learn, 1).see.free and not all(p.requires_grad for p in learn.model.parameters())
+
+def test_the_best_loss_is_the_lowest(stores, split):
+    class ByHand(Callback):
+        order = 55
+        def after_epoch(self): self.recorder.values[-1][1] = [3., 1., 2.][self.epoch]
+    learn = supervised_learner(labelled_loaders(stores, split, bs=8))
+    learn.remove_cb(learn.keep_best)
+    assert fitted(learn, 3, cbs=[ByHand(), keep := KeepBest('valid_loss')]) and keep.kept['pass_'] == 1
 
 # Whom the weights have seen
 
