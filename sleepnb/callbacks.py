@@ -71,7 +71,7 @@ def stage_metrics(
                            to_np=True, flatten=True)
     return [metric(n) for n in names]
 
-# %% ../nbs/520_callbacks.ipynb #9fb63406
+# %% ../nbs/520_callbacks.ipynb #c576c353
 class Unfreeze(TrainingCallback):
     "Frees the parameter groups of a network from the last to the first as passes go by."
     name,in_lr_find = 'unfreezing',True # `learn.unfreeze` is fastai's own
@@ -85,7 +85,12 @@ class Unfreeze(TrainingCallback):
     )->int:        # how many of the last groups learn
         return self.first + sum(pass_ >= a for a in self.at)
 
-    def before_fit(self): self.opt.unfreeze() # what is frozen now would not be exchanged between processes later
+    def before_fit(self):
+        groups,free = len(self.opt.param_lists), self.first + len(self.at)
+        if not 1 <= self.first <= free <= groups:
+            raise SleepnbError('the network has not so many parts to free', expected=f'1 to {groups}',
+                               found=f'{self.first} from the start, {free} at the end')
+        self.opt.unfreeze() # what is frozen now would not be exchanged between processes later
 
     def before_epoch(self): self.opt.freeze_to(len(self.opt.param_lists) - self.n_free(self.epoch))
 
