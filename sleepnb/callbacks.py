@@ -50,13 +50,13 @@ class Reproducible(Callback):
 
     def after_batch(self): self.step += self.training
 
-# %% ../nbs/520_callbacks.ipynb #be4941ac
+# %% ../nbs/520_callbacks.ipynb #22a83a41
 class TrainingCallback(Callback):
     "Acts while a learner trains, and not while it is only looked at."
     in_lr_find = False # whether `lr_find` counts as training
     _only_train_loop = True # for fastai: `summary` leaves it out
     def __call__(self, event_name):
-        trains = self.learn.create_mbar and (self.in_lr_find or not hasattr(self.learn, 'lr_finder'))
+        trains = not self.learn.lock.locked() and (self.in_lr_find or not hasattr(self.learn, 'lr_finder'))
         if trains: return super().__call__(event_name)
 
 # %% ../nbs/520_callbacks.ipynb #d2ea12c8
