@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mtssrl_learner', 'save_learner', 'finetune_learner', 'supervised_learner', 'predict_stages']
 
-# %% ../nbs/530_learner.ipynb #c3575e28
+# %% ../nbs/530_learner.ipynb #02764d7f
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model, to_device
 from torch import nn
 
-from .callbacks import KeepBest, Reproducible, TaskRecord, Unfreeze, stage_metrics
+from .callbacks import KeepBest, Reproducible, TaskRecord, Unfreeze, digest, stage_metrics
 from .core import UNSCORED, SleepnbError, Stage
 from .data.loaders import EpochLoader, rows_of
 from .data.splits import check_unseen
@@ -86,7 +86,7 @@ def save_learner(
     return save_weights(path, get_model(learn.model), **_seen(learn), split=asdict(dls.split) | dict(id=dls.split.id),
                         recipe=dls.train.stores.stores[0].manifest['recipe'], **notes)
 
-# %% ../nbs/530_learner.ipynb #b550e234
+# %% ../nbs/530_learner.ipynb #6527a94b
 def _by_part(network:StageNetwork)->list: # parameter groups, from the signal to the stage
     return [[p for module in part for p in module.parameters()] for part in network.parts.values()]
 
@@ -129,7 +129,7 @@ def finetune_learner(
     learn = Learner(dls, network, CrossEntropyLossFlat(ignore_index=UNSCORED), _adamw, lr, _by_part,
                     [Reproducible(seed), Unfreeze(unfreeze), keep, *_listed(cbs)],
                     stage_metrics(), wd=wd, train_bn=False, **kwargs)
-    learn.seen_before = seen
+    learn.seen_before,learn.origin = seen, digest(*(v.cpu().numpy() for v in backbone.state_dict().values()))
     return learn
 
 # %% ../nbs/530_learner.ipynb #3a76abbd

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from sleepnb.callbacks import Checkpoint, KeepBest, Unfreeze, stage_metrics
 from sleepnb.core import UNSCORED, SleepnbError, SplitError, WeightsError, seed_of
-from sleepnb.data.loaders import Stores, labelled_loaders, pretraining_loaders
+from sleepnb.data.loaders import Stores, draw_triplets, labelled_loaders, pretraining_loaders
 from sleepnb.data.psg import Night
 from sleepnb.data.splits import Split
 from sleepnb.data.store import Cohort, prepare
@@ -478,6 +478,25 @@ def test_a_checkpoint_is_of_one_training(stores, split, tmp_path):
     with pytest.raises(WeightsError, match='of another training'):
         fitted(mtssrl_learner(pretraining_loaders(stores, among('abd', 'c', 'e'), bs=12), cbs=Checkpoint(tmp_path/'c.safetensors')), 1)
     assert (tmp_path/'c.safetensors').read_bytes() == written
+
+@pytest.mark.parametrize('kwargs', [dict(origin=2), dict(unfreeze=(1, 2, 3)), dict(patience=3), dict(stage=1), dict(schedule='fit_one_cycle')])
+def test_a_checkpoint_knows_where_it_came_from_and_how_it_goes(kwargs, stores, split, tmp_path):
+    def train(origin=1, stage=None, schedule='fit', **kwargs):
+        dls,stages = labelled_loaders(stores, split, bs=8), stores.stages.copy()
+        torch.manual_seed(origin)
+        learn = finetune_learner(dls, Backbone(MONTAGES), **kwargs)
+        if stage is not None: stores.stages[dls.train.rows[0]] = (stages[dls.train.rows[0]] + stage) % 5
+        try: quietly(learn, lambda l: getattr(l, schedule)(1, 1e-4, cbs=Checkpoint(tmp_path/'c.safetensors')))
+        finally: stores.stages[:] = stages
+    train()
+    train()
+    with pytest.raises(WeightsError, match='of another training'): train(**kwargs)
+
+def test_a_checkpoint_knows_its_triplets(stores, split, tmp_path):
+    def train(draw): fitted(mtssrl_learner(pretraining_loaders(stores, split, draw, bs=12), cbs=Checkpoint(tmp_path/'c.safetensors')), 1)
+    train(draw_triplets)
+    train(partial(draw_triplets))
+    with pytest.raises(WeightsError, match='of another training'): train(partial(draw_triplets, far=4))
 
 # Two processes
 
