@@ -233,7 +233,7 @@ def _facts(learn)->dict:
                 seed=repeatable and repeatable.seed, origin=getattr(learn, 'origin', None),
                 precision=mixed.amp_mode.value if mixed else 'fp32', callbacks=_callbacks(learn))
 
-# %% ../nbs/520_callbacks.ipynb #cf1e3734
+# %% ../nbs/520_callbacks.ipynb #cc24fbcf
 _RECORDED = ('lrs', 'iters', 'losses', 'values')
 
 def _recorder_state(recorder)->dict:
@@ -299,12 +299,14 @@ class Checkpoint(TrainingCallback):
     def _restore(self):
         get_model(self.model).load_state_dict(self.found['network'])
         self.opt.load_state_dict(self.found['opt'])
+        self.opt.zero_grad()                               # of a step that was interrupted
         if self.found['scaler']: self.learn.scaler.load_state_dict(self.found['scaler'])
         _set_recorder(self.recorder, self.found['recorder'])
         for name,cb in self._with_state().items(): cb.set_state(deepcopy(self.found['callbacks'][name]))
 
     def _save(self, pass_, step, finished=False):
-        if rank_distrib(): return
+        accumulating = any(p.grad is not None for p in self.model.parameters())
+        if rank_distrib() or (accumulating and not finished): return
         scaler = getattr(self.learn, 'scaler', None)
         state = {'pass': pass_, 'step': step, 'finished': finished, 'train_iter': self.train_iter, 'pct_train': self.pct_train,
                  'network': get_model(self.model).state_dict(), 'opt': self.opt.state_dict(),

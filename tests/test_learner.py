@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from safetensors import safe_open
 from safetensors.torch import save
 from torch.testing import assert_close
@@ -497,6 +498,24 @@ def test_a_checkpoint_knows_its_triplets(stores, split, tmp_path):
     train(draw_triplets)
     train(partial(draw_triplets))
     with pytest.raises(WeightsError, match='of another training'): train(partial(draw_triplets, far=4))
+
+@pytest.mark.parametrize('same_learner', [False, True])
+@pytest.mark.parametrize('batches', [3, 4, 9])
+def test_gradients_that_are_summed_or_left_over_do_not_get_lost(same_learner, batches, stores, split, tmp_path):
+    class Stop(Callback):
+        def __init__(self, event, left): self.event,self.left = event,left
+        order = 99
+        def after_backward(self): self.stop('after_backward')
+        def after_batch(self): self.stop('after_batch')
+        def stop(self, event):
+            self.left -= self.training and event == self.event
+            if not self.left: raise KeyboardInterrupt
+    dls,add = labelled_loaders(stores, split, bs=8), partial(Checkpoint, tmp_path/'c.safetensors', 0)
+    def learner(): return supervised_learner(dls, lr=1e-2, patience=None, cbs=GradientAccumulation(16))
+    whole,learn = fitted(learner(), 3), learner()
+    with pytest.raises(KeyboardInterrupt): fitted(learn, 3, cbs=[add(), Stop('after_backward' if same_learner else 'after_batch', batches)])
+    again = fitted(learn if same_learner else learner(), 3, cbs=add())
+    assert_close(weights(again.model), weights(whole.model), **EXACT)
 
 # Two processes
 
