@@ -135,7 +135,7 @@ class KeepBest(TrainingCallback):
     def state(self): return self.kept
     def set_state(self, state): self.kept = state
 
-# %% ../nbs/520_callbacks.ipynb #6394bf47
+# %% ../nbs/520_callbacks.ipynb #61329ce6
 class TaskRecord(TrainingCallback):
     "Keeps task variances within bounds, and records what each task loses and weighs."
     order,in_lr_find = 40,True
@@ -145,12 +145,13 @@ class TaskRecord(TrainingCallback):
 
     def after_batch(self):
         if not self.training: return
-        for k,v in self.pred.items(): self.sums[k] = self.sums.get(k, 0) + v.detach()
-        self.sums['steps'] = self.sums.get('steps', 0) + 1
+        for k,v in self.pred.items(): # its sum, and the number of steps that have it: without a triplet there is no accuracy
+            absent = v.isnan() if ' ' in k else torch.zeros_like(v, dtype=torch.bool) # a loss of nan has to be seen
+            self.sums[k] = self.sums.get(k, 0) + torch.stack([v.detach().masked_fill(absent, 0), 1. - absent.float()])
 
     def after_train(self):
         if not self.sums: return
-        mean = {k: float(v) / self.sums['steps'] for k,v in self.sums.items()}
+        mean = {k: float(v[0] / v[1]) for k,v in self.sums.items()}
         weighting = get_model(self.model).weighting
         for task,var,weight in zip(weighting.tasks, weighting.log_var.exp().tolist(), weighting.weights.tolist()):
             lowest = weighting.lowest.get(task, 0) if weighting.how == 'uw_shift' else 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mtssrl_learner', 'save_learner', 'finetune_learner', 'supervised_learner', 'predict_stages']
 
-# %% ../nbs/530_learner.ipynb #02764d7f
+# %% ../nbs/530_learner.ipynb #461519d8
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AvgMetric
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, to_device
+from fastai.torch_core import find_bs, get_model, to_device
 from torch import nn
 
 from .callbacks import KeepBest, Reproducible, TaskRecord, Unfreeze, digest, stage_metrics
@@ -28,7 +28,7 @@ from .models.network import Backbone, StageNetwork, move_to
 from .ssrl.mtssrl import MONITORS, MTSSRL, TASKS
 from .weights import load_weights, save_weights
 
-# %% ../nbs/530_learner.ipynb #9e44a14d
+# %% ../nbs/530_learner.ipynb #71bb9bab
 def _montages(dls): return {s.cohort: list(s.channels) for s in dls.train.stores.stores}
 
 def _adamw(params, **kwargs): return OptimWrapper(params, opt=torch.optim.AdamW, **kwargs)
@@ -40,10 +40,17 @@ def _listed(cbs)->list: return list(cbs) if isinstance(cbs, (list, tuple)) else 
 
 def _total(pred:dict, rows:torch.Tensor)->torch.Tensor: return pred['loss']
 
+class _Monitor(AvgMetric):
+    "The mean over the batches that have it: without a triplet there is no accuracy."
+    def accumulate(self, learn):
+        value,bs = learn.pred[self.name], find_bs(learn.yb)
+        self.total += learn.to_detach(value.nan_to_num(0))*bs
+        self.count += learn.to_detach((~value.isnan()).float())*bs
+
 def _task_metric(name:str)->AvgMetric:
     def metric(pred, rows): return pred[name]
     metric.__name__ = name
-    return AvgMetric(metric)
+    return (_Monitor if name in MONITORS.values() else AvgMetric)(metric)
 
 def mtssrl_learner(
     dls:DataLoaders,                # of `pretraining_loaders`

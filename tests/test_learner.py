@@ -185,6 +185,17 @@ def test_variances_do_not_decay(stores, split):
     assert (ends[0]['weighting.raw'] != .01).all()
     assert not torch.equal(ends[0]['backbone.alignment.cams.0.heads'], ends[1]['backbone.alignment.cams.0.heads'])
 
+def test_batches_without_an_answer_leave_the_monitors_of_others(stores, split):
+    learn = mtssrl_learner(dls := pretraining_loaders(stores, split, bs=11))
+    assert len(dls.valid.rows) % 11 == 1                        # the last epoch of a night: no triplet, and no direction
+    fitted(learn, 1)
+    assert np.isfinite(learn.recorder.values[-1]).all()
+    class Unanswered(Callback):
+        def before_batch(self):
+            if self.training and self.iter == 1: self.learn.xb = ((self.x[0], {k: p | dict(order=0*p['order']) for k,p in self.x[1].items()}),)
+    learn = fitted(mtssrl_learner(dls, cbs=Unanswered()), 1)
+    assert len(dls.train) > 1 and .2 < learn.task_record.table.set_index('task').loc['TS', 'TS accuracy'] < .8
+
 class Watch(Callback):
     "For each pass: which parts were in training mode, which ask for gradients, and whose weights and statistics changed."
     order = 50
