@@ -18,7 +18,7 @@ from .masking import BANDS, MaskingTask, mask_band
 from .shuffling import PieceOrderTask, ShufflingTask, shuffle_pieces
 from .weighting import TaskWeighting
 
-# %% ../../nbs/350_ssrl.mtssrl.ipynb #8d4b6199
+# %% ../../nbs/350_ssrl.mtssrl.ipynb #5b59659f
 TASKS = ('AUG', 'TS', 'FBM')
 MONITORS = dict(AUG='AUG directions', TS='TS accuracy', FBM='FBM accuracy') # what tells best whether a task is learned
 
@@ -31,6 +31,8 @@ class MTSSRL(nn.Module):
         pool:str='mean',               # tokens to one vector: `'mean'`, `'flatten'` or `'attention'`
         shuffled:str='epochs',         # what `TS` shuffles: `'epochs'` of a night, or `'pieces'` of an epoch
         augment:dict|None=None,        # arguments of `Augment`, e.g. `dict(n_transforms=1)`
+        contrast:dict|None=None,       # sizes of `ContrastiveTask`, e.g. `dict(hidden=128, n_out=128, bottleneck=32)`
+        bounds:tuple[float, float]|None=None, # of task variances, as `TaskWeighting` takes them
         drop:float=.5,                 # share of the features that the head of `TS` does not see
         gain:float=100.,               # how much faster than the network variances learn
     ):
@@ -40,14 +42,14 @@ class MTSSRL(nn.Module):
         if shuffled not in ('epochs', 'pieces'):
             raise SleepnbError('shuffled is unknown', expected='epochs or pieces', found=repr(shuffled))
         self.config = dict(tasks=list(tasks), weighting=weighting, pool=pool, shuffled=shuffled, augment=augment,
-                           drop=drop, gain=gain)
+                           contrast=contrast, bounds=bounds, drop=drop, gain=gain)
         self.backbone,self.tasks,self.shuffled = backbone, tuple(tasks), shuffled
         self.pool = make_pool(pool, backbone.encoder.width, backbone.encoder.n_tokens)
         self.augment,n = Augment(**augment or {}), self.pool.n_out
         order = (ShufflingTask if shuffled == 'epochs' else PieceOrderTask)(n, drop)
-        heads = dict(AUG=ContrastiveTask(n), TS=order, FBM=MaskingTask(n))
+        heads = dict(AUG=ContrastiveTask(n, **contrast or {}), TS=order, FBM=MaskingTask(n))
         self.heads = nn.ModuleDict({t: heads[t] for t in self.tasks})
-        self.weighting = TaskWeighting(self.tasks, weighting, lowest=dict(AUG=-1.), gain=gain)
+        self.weighting = TaskWeighting(self.tasks, weighting, lowest=dict(AUG=-1.), bounds=bounds, gain=gain)
 
     def windows(self,
         part:dict[str, torch.Tensor], # what a batch says about the epochs of one cohort
