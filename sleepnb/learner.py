@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mtssrl_learner', 'save_learner', 'finetune_learner', 'supervised_learner', 'predict_stages']
 
-# %% ../nbs/530_learner.ipynb #461519d8
+# %% ../nbs/530_learner.ipynb #219a1a88
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AvgMetric
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import find_bs, get_model, to_device
+from fastai.torch_core import find_bs, get_model
 from torch import nn
 
 from .callbacks import KeepBest, Reproducible, TaskRecord, Unfreeze, digest, stage_metrics
@@ -28,7 +28,7 @@ from .models.network import Backbone, StageNetwork, move_to
 from .ssrl.mtssrl import MONITORS, MTSSRL, TASKS
 from .weights import load_weights, save_weights
 
-# %% ../nbs/530_learner.ipynb #71bb9bab
+# %% ../nbs/530_learner.ipynb #887ddc14
 def _montages(dls): return {s.cohort: list(s.channels) for s in dls.train.stores.stores}
 
 def _adamw(params, **kwargs): return OptimWrapper(params, opt=torch.optim.AdamW, **kwargs)
@@ -66,7 +66,7 @@ def mtssrl_learner(
     cbs=(),                         # more callbacks, or one
     **kwargs,                       # of `Learner`
 )->Learner:
-    "Pretrains an encoder by three tasks (MTSSRL-MD, stage 1)."
+    "Pretrains an encoder by three tasks (MTSSRL-MD, first phase)."
     torch.manual_seed(seed)
     network = MTSSRL(Backbone(_montages(dls), encoder, align, **backbone or {}), tasks, weighting, **model or {})
     names = [*network.tasks, *(MONITORS[t] for t in network.tasks)]
@@ -93,9 +93,13 @@ def save_learner(
     return save_weights(path, get_model(learn.model), **_seen(learn), split=asdict(dls.split) | dict(id=dls.split.id),
                         recipe=dls.train.stores.stores[0].manifest['recipe'], **notes)
 
-# %% ../nbs/530_learner.ipynb #6527a94b
+# %% ../nbs/530_learner.ipynb #1c368e73
 def _by_part(network:StageNetwork)->list: # parameter groups, from the signal to the stage
     return [[p for module in part for p in module.parameters()] for part in network.parts.values()]
+
+def _check_labelled(dls):
+    if not dls.train.labelled:
+        raise SleepnbError('the batches have no stages', remedy='Make them by labelled_loaders.')
 
 def _origin(
     pretrained:str|Path|Learner|Backbone,
@@ -125,9 +129,10 @@ def finetune_learner(
     cbs=(),                           # more callbacks, or one
     **kwargs,                         # of `Learner`
 )->Learner:
-    """Fine-tunes a pretrained encoder to stages (MTSSRL-MD, stage 2).
+    """Fine-tunes a pretrained encoder to stages (MTSSRL-MD, second phase).
 
     Raises `SplitError` when the weights have seen subjects of the test or validation part."""
+    _check_labelled(dls)
     backbone,seen = _origin(pretrained)
     _check_origin(dls.split, seen)
     torch.manual_seed(seed)
@@ -139,7 +144,7 @@ def finetune_learner(
     learn.seen_before,learn.origin = seen, digest(*(v.cpu().numpy() for v in backbone.state_dict().values()))
     return learn
 
-# %% ../nbs/530_learner.ipynb #3a76abbd
+# %% ../nbs/530_learner.ipynb #68c06de6
 def supervised_learner(
     dls:DataLoaders,                # of `labelled_loaders`
     encoder:str|nn.Module='compact',# as `Backbone` takes it
@@ -155,6 +160,7 @@ def supervised_learner(
     **kwargs,                       # of `Learner`
 )->Learner:
     "Trains a network to stages from random weights."
+    _check_labelled(dls)
     torch.manual_seed(seed)
     network = StageNetwork(Backbone(_montages(dls), encoder, align, **backbone or {}), hidden, drop)
     return Learner(dls, network, CrossEntropyLossFlat(ignore_index=UNSCORED), _adamw, lr, _by_part,

@@ -17,7 +17,7 @@ from .encoder import ENCODERS
 from .heads import StageClassifier
 from ..montage import parse_channel
 
-# %% ../../nbs/245_models.network.ipynb #7fa7ebea
+# %% ../../nbs/245_models.network.ipynb #2e11b05c
 def _eeg(
     cohort:str,
     names:list[str], # channels in any spelling
@@ -26,11 +26,19 @@ def _eeg(
     if not pick: raise MontageError('a cohort has no EEG', where=cohort, found=', '.join(names))
     return pick
 
+def _own(
+    encoder:nn.Module, # not one of ours
+)->nn.Module:          # the same, with all that others ask of an encoder
+    if absent := [k for k in ('width', 'n_tokens', 'parts') if not hasattr(encoder, k)]:
+        raise SleepnbError('the encoder does not say what others need', expected='width, n_tokens and parts, as Encoder has them',
+                           found=f'{type(encoder).__name__} without {", ".join(absent)}')
+    return encoder
+
 class Backbone(nn.Module):
     "Epochs of any of its cohorts to tokens: normalise, align, encode."
     def __init__(self,
         montages:dict[str, list[str]],    # cohort → all channels of its signals, in their order
-        encoder:str|nn.Module='compact',  # `'compact'`, `'full'`, or your own: `(b, n_virtual, 3000)` → `(b, n, width)`
+        encoder:str|nn.Module='compact',  # `'compact'`, `'full'`, or your own: `(b, n_virtual, 3000)` → `(b, n_tokens, width)`
         align:str='own',                  # CAM heads per cohort; or `'shared'` ones; or `'pad'`, no CAM
         n_virtual:int=16,                 # virtual channels
         of:str='first',                   # place of a derivation, as `sensor_positions` takes it
@@ -45,7 +53,7 @@ class Backbone(nn.Module):
             if encoder not in ENCODERS:
                 raise SleepnbError('encoder is unknown', expected=' or '.join(ENCODERS), found=repr(encoder))
             self.encoder = ENCODERS[encoder](n_virtual, **kwargs)
-        else: self.encoder,self.config['encoder'] = encoder, type(encoder).__name__
+        else: self.encoder,self.config['encoder'] = _own(encoder), type(encoder).__name__
         self.clip = clip
         self._set_montages(montages)
 
