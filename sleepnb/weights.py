@@ -24,7 +24,7 @@ from .core import Modality, Stage, WeightsError
 from .models.network import Backbone, StageNetwork
 from .ssrl.mtssrl import MTSSRL
 
-# %% ../nbs/510_weights.ipynb #659382f4
+# %% ../nbs/510_weights.ipynb #2364cb61
 def _checksum(
     text:str,                          # the description, as the file has it
     tensors:dict[str, torch.Tensor],   # on the CPU
@@ -85,9 +85,9 @@ def read_description(
 def read_tensors(
     path:str|Path,
     kind:str,                          # which kind of file it must be
-    format:int,                        # the newest version of its format that can be read
+    format:int,                        # which version of its format it must have
 )->tuple[dict[str, torch.Tensor], dict]: # tensors; the description
-    "As `read_description`, and raises `WeightsError` for a file of another kind or a later format."
+    "As `read_description`, and raises `WeightsError` for a file of another kind or format."
     metadata,tensors = _read(path, True)
     described = _described(path, metadata)
     if described['kind'] != kind:
