@@ -201,7 +201,7 @@ def _unpack(packed, tensors):
     if kind == 'dict': return {k: _unpack(v, tensors) for k,v in content}
     return (tuple if kind == 'tuple' else list)(_unpack(v, tensors) for v in content)
 
-# %% ../nbs/520_callbacks.ipynb #948b4193
+# %% ../nbs/520_callbacks.ipynb #71bbc1c3
 def digest(*contents)->str: # 12 hexadecimal digits
     "A name for arrays and anything that prints itself."
     return blake2b(b'|'.join(c.tobytes() if isinstance(c, np.ndarray) else repr(c).encode() for c in contents),
@@ -229,9 +229,10 @@ def _facts(learn)->dict:
     repeatable = getattr(learn, 'reproducible', None)
     configs = [getattr(n, 'config', None) for n in (network, getattr(network, 'backbone', None))]
     mixed = getattr(learn, 'mixed_precision', None)
-    return dict(passes=learn.n_epoch, batch=train.bs, data=_data(train), hypers=hypers, schedule=_schedule(learn), mix=train.mix,
-                steps=len(train), order=int(train.seed), network=digest(type(network).__name__, shapes, configs),
-                seed=repeatable and repeatable.seed, origin=getattr(learn, 'origin', None),
+    return dict(passes=learn.n_epoch, batch=train.bs, data=_data(train), hypers=hypers, mix=train.mix,
+                schedule=_schedule(learn), steps=len(train), order=int(train.seed),
+                network=digest(type(network).__name__, shapes, configs), seed=repeatable and repeatable.seed,
+                origin=getattr(learn, 'origin', None),
                 precision=mixed.amp_mode.value if mixed else 'fp32', callbacks=_callbacks(learn))
 
 # %% ../nbs/520_callbacks.ipynb #cc24fbcf

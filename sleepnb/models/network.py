@@ -17,7 +17,7 @@ from .encoder import ENCODERS
 from .heads import StageClassifier
 from ..montage import parse_channel
 
-# %% ../../nbs/245_models.network.ipynb #2e11b05c
+# %% ../../nbs/245_models.network.ipynb #5cad60f6
 def _eeg(
     cohort:str,
     names:list[str], # channels in any spelling
@@ -30,7 +30,8 @@ def _own(
     encoder:nn.Module, # not one of ours
 )->nn.Module:          # the same, with all that others ask of an encoder
     if absent := [k for k in ('width', 'n_tokens', 'parts') if not hasattr(encoder, k)]:
-        raise SleepnbError('the encoder does not say what others need', expected='width, n_tokens and parts, as Encoder has them',
+        raise SleepnbError('the encoder does not say what others need',
+                           expected='width, n_tokens and parts, as Encoder has them',
                            found=f'{type(encoder).__name__} without {", ".join(absent)}')
     return encoder
 
