@@ -6,13 +6,14 @@
 __all__ = ['STAGE_METRICS', 'Reproducible', 'TrainingCallback', 'stage_metrics', 'Unfreeze', 'KeepBest', 'TaskRecord', 'digest',
            'Checkpoint']
 
-# %% ../nbs/520_callbacks.ipynb #351411fa
+# %% ../nbs/520_callbacks.ipynb #bad1e147
 import json
 import time
 from copy import deepcopy
 from glob import escape
 from hashlib import blake2b
 from pathlib import Path
+from warnings import warn
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.load import DataLoader
+from fastai.imports import noop
 from fastai.metrics import AccumMetric
 from fastai.torch_core import get_model, rank_distrib
 from torch import nn
@@ -73,7 +75,7 @@ def stage_metrics(
                            to_np=True, flatten=True)
     return [metric(n) for n in names]
 
-# %% ../nbs/520_callbacks.ipynb #a139ff50
+# %% ../nbs/520_callbacks.ipynb #520212e2
 class Unfreeze(TrainingCallback):
     "Frees the parameter groups of a network from the last to the first as passes go by."
     name,in_lr_find = 'unfreezing',True # `learn.unfreeze` is fastai's own
@@ -93,6 +95,9 @@ class Unfreeze(TrainingCallback):
         if not 1 <= self.first <= free <= groups:
             raise SleepnbError('the network has not so many parts to free', expected=f'1 to {groups}',
                                found=f'{self.first} from the start, {free} at the end')
+        if self.n_epoch <= max(self.at, default=0) and not hasattr(self.learn, 'lr_finder'):
+            warn(f'{self.n_epoch} passes end before all parts are free: the last is freed after {max(self.at)}. '
+                 'Train longer, or give finetune_learner other passes: unfreeze=(2, 4, 6).')
         self.opt.unfreeze() # what is frozen now would not be exchanged between processes later
 
     def before_epoch(self): self.opt.freeze_to(len(self.opt.param_lists) - self.n_free(self.epoch))
@@ -235,7 +240,7 @@ def _facts(learn)->dict:
                 origin=getattr(learn, 'origin', None),
                 precision=mixed.amp_mode.value if mixed else 'fp32', callbacks=_callbacks(learn))
 
-# %% ../nbs/520_callbacks.ipynb #cc24fbcf
+# %% ../nbs/520_callbacks.ipynb #fdfe7209
 _RECORDED = ('lrs', 'iters', 'losses', 'values')
 
 def _recorder_state(recorder)->dict:
@@ -269,6 +274,9 @@ class Checkpoint(TrainingCallback):
                                remedy='Name another file, or delete this one.')
         self.found = _unpack(described['state'], tensors)
         self._restore()
+        if self.learn.logger is not noop:
+            place = f'goes on at pass {self.found["pass"]}, step {self.found["step"]}'
+            print(f'{self.file.name}: {"is finished" if self.found["finished"] else place}')
         if self.found['finished']: raise CancelFitException()
 
     def before_epoch(self):
