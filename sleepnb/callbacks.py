@@ -240,7 +240,7 @@ def _facts(learn)->dict:
                 origin=getattr(learn, 'origin', None),
                 precision=mixed.amp_mode.value if mixed else 'fp32', callbacks=_callbacks(learn))
 
-# %% ../nbs/520_callbacks.ipynb #fdfe7209
+# %% ../nbs/520_callbacks.ipynb #0946bd9a
 _RECORDED = ('lrs', 'iters', 'losses', 'values')
 
 def _recorder_state(recorder)->dict:
@@ -316,7 +316,8 @@ class Checkpoint(TrainingCallback):
 
     def _save(self, pass_, step, finished=False):
         accumulating = any(p.grad is not None for p in self.model.parameters())
-        if rank_distrib() or (accumulating and not finished): return
+        sound = all(v.isfinite().all() for v in get_model(self.model).state_dict().values())
+        if rank_distrib() or not sound or (accumulating and not finished): return # of a diverged training, the last good place
         scaler = getattr(self.learn, 'scaler', None)
         state = {'pass': pass_, 'step': step, 'finished': finished, 'train_iter': self.train_iter, 'pct_train': self.pct_train,
                  'network': get_model(self.model).state_dict(), 'opt': self.opt.state_dict(),

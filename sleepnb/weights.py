@@ -138,7 +138,7 @@ def save_weights(
                      versions=dict(sleepnb=__version__, torch=torch.__version__, python=platform.python_version()))
     return write_tensors(path, network.state_dict(), described)
 
-# %% ../nbs/510_weights.ipynb #00163d79
+# %% ../nbs/510_weights.ipynb #54526255
 def _build(path, described):
     backbone,arguments = described['backbone'], described['arguments']
     try:
@@ -150,6 +150,14 @@ def _build(path, described):
                            remedy='If it has an encoder of your own, build the network and give it: into=network.') from e
     return network
 
+def _check_same(path, described, network):
+    "Would a filled network see what the weights saw?"
+    mine,theirs = (json.loads(json.dumps(c)) for c in (network.backbone.config, described['backbone']))
+    if differ := [k for k in {*mine} | {*theirs} if k != 'encoder' and mine.get(k) != theirs.get(k)]:
+        raise WeightsError('the network is built otherwise than that of the file', where=path,
+                           expected='; '.join(f'{k} {theirs.get(k)}' for k in sorted(differ)),
+                           found='; '.join(f'{k} {mine.get(k)}' for k in sorted(differ)))
+
 def load_weights(
     path:str|Path,               # what `save_weights` wrote
     into:nn.Module|None=None,    # a network to fill; `None` builds one
@@ -159,6 +167,7 @@ def load_weights(
     Raises `WeightsError` for a file that is missing, damaged, of a later sleepnb, or of another network than `into`."""
     tensors,described = read_tensors(path, 'weights', FORMAT)
     network = _build(path, described) if into is None else into
+    if into is not None: _check_same(path, described, network)
     try: network.load_state_dict(tensors)
     except RuntimeError as e:
         raise WeightsError('the tensors do not fit the network', where=path, found=str(e).replace('\n', ' ')) from e

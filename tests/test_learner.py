@@ -504,6 +504,16 @@ def test_a_checkpoint_knows_where_it_came_from_and_how_it_goes(kwargs, stores, s
     train()
     with pytest.raises(WeightsError, match='of another training'): train(**kwargs)
 
+def test_a_diverged_training_leaves_its_last_good_place(stores, split, tmp_path):
+    class Diverge(Callback):
+        def after_step(self):
+            if self.epoch == 1: self.model.backbone.encoder.small.stem[0][0].weight.data.fill_(np.nan)
+    make = lambda *cbs: mtssrl_learner(pretraining_loaders(stores, split, bs=8), cbs=[*cbs])
+    good = weights(fitted(make(), 1).model)
+    fitted(make(Checkpoint(tmp_path/'c.safetensors', every_sec=0), Diverge()), 2)
+    with safe_open(tmp_path/'c.safetensors', 'pt') as f: kept = {k: f.get_tensor(k) for k in f.keys() if '.network.' in k}
+    assert_close([kept[f'state.network.{k}'] for k in good], [*good.values()], **EXACT)
+
 def test_a_checkpoint_knows_its_triplets(stores, split, tmp_path):
     def train(draw): fitted(mtssrl_learner(pretraining_loaders(stores, split, draw, bs=12), cbs=Checkpoint(tmp_path/'c.safetensors')), 1)
     train(draw_triplets)
