@@ -37,7 +37,7 @@ class ConvBlock(nn.Sequential):
     ):
         super().__init__(_conv(n_in, n_out, kernel, stride, bias=bias), nn.BatchNorm1d(n_out), nn.ReLU())
 
-# %% ../../nbs/200_models.layers.ipynb #28c5c16a
+# %% ../../nbs/200_models.layers.ipynb #66175211
 class ChannelMix(nn.Conv1d):
     "A convolution of width 1, as one matrix product per epoch: `(b, c, t)` → `(b, w, t)`."
     def __init__(self,
@@ -48,7 +48,7 @@ class ChannelMix(nn.Conv1d):
     def forward(self,
         x:torch.Tensor, # `(b, c, t)`
     )->torch.Tensor:    # `(b, w, t)`
-        return self.weight.squeeze(-1).expand(len(x), -1, -1) @ x
+        return self.weight.squeeze(-1).expand(x.shape[0], -1, -1) @ x
 
 class FrameConv(nn.Conv1d):
     "One filter per channel, which moves by a whole part of itself: `(b, c, t)` → `(b, c, t')`."
