@@ -33,14 +33,15 @@ def cohort(simulator): return simulator.simulated(5, subjects=3, nights=1, progr
 def test_every_seed_was_measured_once(read):
     assert len(read('difficulty')) == 2 + 5*2 and len(read('crossing')) == 5*4 and len(read('apart')) == 5 * 3*3*5
     assert len(read('quantiles')) == 6 * 5*2*6 and len(read('transitions')) == 6*25 and len(read('runs')) == 6*5
-    for name,key in (('difficulty', ['nights', 'seed', 'classifier']), ('crossing', ['seed', 'classifier', 'way']),
+    for name,key in (('difficulty', ['nights', 'seed', 'classifier']), ('fresh', ['seed', 'classifier']),
+                     ('crossing', ['seed', 'classifier', 'way']),
                      ('apart', ['what', 'seed', 'how', 'stage']), ('quantiles', ['nights', 'seed', 'stage', 'channel', 'band']),
                      ('transitions', ['nights', 'seed', 'before', 'after']), ('runs', ['nights', 'seed', 'stage']),
                      ('waves', ['subject', 'what', 'channel', 'stage']), ('network', ['seed', 'nights'])):
         assert not read(name).duplicated(key).any(), name
 
 def test_macro_f1_is_the_mean_of_the_five(read):
-    for name in ('difficulty', 'network'):
+    for name in ('difficulty', 'fresh', 'network'):
         table = read(name)
         assert np.allclose(table[STAGES].mean(axis=1), table.macro_f1, atol=1e-3)
 
@@ -72,7 +73,7 @@ def test_the_confusion_gives_the_figures(read):
 def test_files_hold_statistics_alone(root):
     "No row per epoch of a real night is passed on."
     files = list((root/'nbs'/'artifacts').glob('simulator_*.csv'))
-    assert len(files) == 9 and sum(f.stat().st_size for f in files) < 100_000
+    assert len(files) == 10 and sum(f.stat().st_size for f in files) < 100_000
 
 # ---- measured again
 

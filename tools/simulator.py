@@ -1,6 +1,7 @@
 """Measures how simulated nights compare with real ones, and writes nbs/artifacts/simulator_*.csv.
 
     python tools/simulator.py cohorts [--seeds 5]     difficulty, crossing, telling apart, quantiles, order of stages
+    python tools/simulator.py fresh                   difficulty alone, of five cohorts by which nothing was chosen
     python tools/simulator.py waves                   spindles and slow waves, as YASA finds them
     python tools/simulator.py network                 trained on simulated nights; prints how it does on others
     python tools/simulator.py network --look          the same, and then the real night, which is the unseen one
@@ -210,6 +211,10 @@ def measure_cohorts(seeds, again):
             write('apart', [row for how in HOWS for row in apart(*pair, how, seed)], what=what, seed=seed)
         print(pd.read_csv(OUT/'simulator_difficulty.csv').query('nights == "simulated"').tail(2).to_string(index=False), flush=True)
 
+def measure_fresh(again):
+    for seed in range(10, 15):
+        if again or not is_done('fresh', seed=seed): write('fresh', list(difficulty(*simulated(seed)[:3])), seed=seed)
+
 # ---- what a detector finds
 
 def measure_waves(nights, again):
@@ -327,7 +332,7 @@ def measure_network(look):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('part', choices=['cohorts', 'waves', 'network'])
+    parser.add_argument('part', choices=['cohorts', 'fresh', 'waves', 'network'])
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--nights', type=int, default=6, help='that YASA sees')
     parser.add_argument('--again', action='store_true', help='also what was measured before')
@@ -335,6 +340,7 @@ def main():
     args = parser.parse_args()
     warnings.simplefilter('ignore', FutureWarning)
     if args.part == 'cohorts': measure_cohorts(args.seeds, args.again)
+    elif args.part == 'fresh': measure_fresh(args.again)
     elif args.part == 'waves': measure_waves(args.nights, args.again)
     else: measure_network(args.look)
 
