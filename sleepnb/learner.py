@@ -102,12 +102,16 @@ def save_learner(
     split = asdict(learn.dls.split) | dict(id=learn.dls.split.id)
     return save_weights(path, get_model(learn.model), **_seen(learn), split=split, recipe=_recipe(learn.dls), **notes)
 
-# %% ../nbs/530_learner.ipynb #53ada56a
+# %% ../nbs/530_learner.ipynb #503848fa
 def _by_part(network:StageNetwork)->list: # parameter groups, from the signal to the stage
     return [[p for module in part for p in module.parameters()] for part in network.parts.values()]
 
 def _described_seen(described)->dict[str, set]:
     return {k: {(c, s) for c,ids in described[k].items() for s in ids} for k in ('fitted', 'judged')}
+
+def _staging_learner(dls, network, cbs=(), **kwargs)->Learner:
+    return Learner(dls, network, CrossEntropyLossFlat(ignore_index=UNSCORED), _adamw, splitter=_by_part, cbs=cbs,
+                   metrics=stage_metrics(), **kwargs)
 
 def _origin(
     pretrained:str|Path|Learner|Backbone,
@@ -153,13 +157,12 @@ def finetune_learner(
     torch.manual_seed(seed)
     network = StageNetwork(move_to(backbone, _montages(dls), heads_of), hidden, drop)
     keep = KeepBest(patience=patience, start=max(unfreeze, default=0))
-    learn = Learner(dls, network, CrossEntropyLossFlat(ignore_index=UNSCORED), _adamw, lr, _by_part,
-                    [Reproducible(seed), Unfreeze(unfreeze), keep, *_listed(cbs)],
-                    stage_metrics(), wd=wd, train_bn=False, **kwargs)
+    learn = _staging_learner(dls, network, [Reproducible(seed), Unfreeze(unfreeze), keep, *_listed(cbs)], lr=lr, wd=wd,
+                             train_bn=False, **kwargs)
     learn.seen_before,learn.origin = seen, digest(*(v.cpu().numpy() for v in backbone.state_dict().values()))
     return learn
 
-# %% ../nbs/530_learner.ipynb #55442eb0
+# %% ../nbs/530_learner.ipynb #70be979a
 def supervised_learner(
     dls:DataLoaders,                # of `labelled_loaders`
     encoder:str|nn.Module='compact',# as `Backbone` takes it
@@ -178,8 +181,8 @@ def supervised_learner(
     _check_loaders(dls, labelled=True)
     torch.manual_seed(seed)
     network = StageNetwork(Backbone(_montages(dls), encoder, align, **backbone or {}), hidden, drop)
-    return Learner(dls, network, CrossEntropyLossFlat(ignore_index=UNSCORED), _adamw, lr, _by_part,
-                   [Reproducible(seed), KeepBest(patience=patience), *_listed(cbs)], stage_metrics(), wd=wd, **kwargs)
+    cbs = [Reproducible(seed), KeepBest(patience=patience), *_listed(cbs)]
+    return _staging_learner(dls, network, cbs, lr=lr, wd=wd, **kwargs)
 
 # %% ../nbs/530_learner.ipynb #4e5e3ed7
 def predict_stages(
@@ -191,7 +194,7 @@ def predict_stages(
     with learn.no_bar(), learn.no_logging(): prob = learn.get_preds(dl=learn.dls.test_dl(epochs.index))[0].numpy()
     return epochs.assign(pred=prob.argmax(-1), **{f'p_{s.label}': prob[:, s] for s in Stage})
 
-# %% ../nbs/530_learner.ipynb #979dbedf
+# %% ../nbs/530_learner.ipynb #1c3de518
 def load_learner(
     path:str|Path,    # what `save_learner` wrote of a network that stages
     dls:DataLoaders,  # of `labelled_loaders`: the cohorts and the split that it was trained with
@@ -206,7 +209,6 @@ def load_learner(
                            remedy='Fine-tune them: finetune_learner.')
     _check_origin(dls.split, seen := _described_seen(described))
     _check_recipe(dls, described['recipe'])
-    learn = Learner(dls, network, CrossEntropyLossFlat(ignore_index=UNSCORED), _adamw, splitter=_by_part,
-                    metrics=stage_metrics())
+    learn = _staging_learner(dls, network)
     learn.seen_before = seen
     return learn
