@@ -8,7 +8,7 @@ import sklearn.metrics as sk
 from hypothesis import assume, given, settings, strategies as st
 
 from sleepnb.core import HypnogramError, SleepnbError, rng
-from sleepnb.metrics import agreement, auroc, calibration_error, confusion, score_nights, score_table
+from sleepnb.metrics import agreement, auroc, calibration_error, confusion, score_difference, score_nights, score_table
 
 many = settings(max_examples=150, deadline=None)
 FIVE = list(range(5))
@@ -215,6 +215,23 @@ def test_tables_are_scored_like_lists():
 # ---- errors
 
 half = np.full((2, 5), .2)
+def test_a_difference_is_between_scores_of_the_same_people():
+    "Naively: draw people, put their nights together, ask scikit-learn about both models."
+    g = np.random.default_rng(0)
+    epochs = pd.DataFrame(dict(cohort='c', subject=np.repeat(list('abcdefgh'), 100), night=1, stage=g.integers(0, 5, 800)))
+    wrong = lambda share: np.where(g.random(800) < share, g.integers(0, 5, 800), epochs.stage)
+    skill = np.repeat(g.uniform(.2, .8, 8), 100)                   # people differ, models err on the same ones
+    a,b = (epochs.assign(pred=wrong(skill + more)) for more in (0, .05))
+    found = score_difference(a, b)
+    naive = {'macro_f1': lambda o: sk.f1_score(o.stage, o.pred, average='macro'), 'kappa': lambda o: sk.cohen_kappa_score(o.stage, o.pred)}
+    people = [(a[a.subject == s], b[b.subject == s]) for s in 'abcdefgh']
+    drawn = [[pd.concat(o) for o in zip(*(people[i] for i in g.integers(0, 8, 8)))] for _ in range(600)]
+    for metric,score in naive.items():
+        apart = [score(x) - score(y) for x,y in drawn]
+        np.testing.assert_allclose(found.loc[metric, 'value'], score(a) - score(b), atol=1e-9)
+        np.testing.assert_allclose(found.loc[metric, ['low', 'high']].astype(float), np.quantile(apart, [.025, .975]), atol=.01)
+    assert_same(score_difference(b, a).value, -found.value)
+
 @pytest.mark.parametrize('call,kind,message', [
     (lambda: confusion([0, 1, 2], [0, 1]), HypnogramError, 'differ in length (expected 3 epochs; found 2)'),
     (lambda: confusion([0, 5], [0, 1]), HypnogramError, 'true has an impossible stage (expected whole numbers from -1 to 4, one per epoch; found 5 at epoch 1)'),

@@ -1,7 +1,7 @@
 """Trains MTSSRL-MD at `small` scale on three simulated cohorts, and writes nbs/artifacts/mtssrl_*.csv.
 
     python tools/mtssrl.py --work DIR pretrain [ARM …]      the arms of ARMS; by default all
-    python tools/mtssrl.py --work DIR finetune [ARM …]      each on its target cohorts, and `scratch`, from random weights
+    python tools/mtssrl.py --work DIR finetune [ARM …]      each on its target cohorts, and SCRATCH, from random weights
     python tools/mtssrl.py --work DIR probe                 linear probes of frozen features
     python tools/mtssrl.py --work DIR real                  the same on the real night in the folder that SLEEPNB_DATA names
     python tools/mtssrl.py --work DIR triplets              whether temporal shuffling can be learned, from real band powers
@@ -44,22 +44,27 @@ OUT = Path(__file__).parent.parent/'nbs'/'artifacts'
 SUBJECTS,EPOCHS,LABELS,BATCH = 30, 480, .05, 100     # of a cohort; of a night, four hours; share; epochs
 STEPS,PASS_STEPS,PASSES = 520, 100, 12               # of pretraining; of a pass of fine-tuning; at most
 UNFREEZE,PATIENCE = (2, 4, 6), 4                     # passes
-LR = 3e-3                                            # of pretraining: the better of two by validation loss
 COHORTS = { # channels and population, after the datasets of the paper
     'S': (('Fpz-Cz', 'Pz-Oz'), 'adult'),
     'I': (('F3-M2', 'F4-M1', 'C3-M2', 'C4-M1', 'O1-M2', 'O2-M1'), 'disordered'),
     'A': (('F3', 'F4', 'C3', 'C4', 'O1', 'O2', 'Fpz', 'Fz', 'Cz', 'Pz', 'Oz'), 'adult')}
 NAMES = {k: f'{k}-simulated' for k in COHORTS}
 TASKS = ('AUG', 'TS', 'FBM')
+DROPPED = dict(backbone=dict(drop=.5))                # as the table of the paper's encoder has it
+BEST = dict(lr=3e-3, backbone=dict(drop=0.))         # of pretraining: the best of the four arms that stand first
 ARMS = { # cohorts, arguments of the learner, targets
-    **{f'all lr {lr:g}': ('SIA', dict(lr=lr), 'SIA') for lr in (1e-3, 3e-3)},
+    'all': ('SIA', {}, 'SIA'),
+    'all, lr 1e-3': ('SIA', dict(lr=1e-3), ''),
+    'all, dropout': ('SIA', DROPPED, 'SIA'),
+    'all, dropout, lr 1e-3': ('SIA', DROPPED | dict(lr=1e-3), ''),
     **{f'{t} only': ('SIA', dict(tasks=(t,), weighting='equal'), 'I') for t in TASKS},
     'TS only, far': ('SIA', dict(tasks=('TS',), weighting='equal', far=120), 'I'),
     'equal': ('SIA', dict(weighting='equal'), 'I'),
     'uw_literal': ('SIA', dict(weighting='uw_literal'), 'I'),
     **{f'{c} alone': (c, {}, c) for c in COHORTS},
-    'shared': ('SIA', dict(align='shared'), 'SIA'),
+    'shared': ('SIA', dict(align='shared'), 'A'),
     'shared without A': ('SI', dict(align='shared'), 'A')}
+SCRATCH = {'scratch': dict(drop=0.), 'scratch, dropout': dict(drop=.5)}  # rivals: arguments of the backbone
 RATES = (1e-3, 3e-3)                                 # of fine-tuning and from scratch; the validation part chooses
 
 def read_synth(row, cohort):
@@ -79,7 +84,7 @@ def pretrain(work, arm):
     stores = stores_of(work, cohorts)
     draw = partial(draw_triplets, far=kwargs.get('far', 30))
     dls = pretraining_loaders(stores, holdout_split(stores.nights), draw, bs=BATCH)
-    learn = mtssrl_learner(dls, **dict(lr=LR) | {k: v for k,v in kwargs.items() if k != 'far'})
+    learn = mtssrl_learner(dls, **BEST | {k: v for k,v in kwargs.items() if k != 'far'})
     print(arm, len(dls.train), 'steps a pass', flush=True)
     with learn.no_bar(): learn.fit(round(STEPS / len(dls.train)), cbs=Checkpoint(work/f'pretraining {arm}.safetensors'))
     table = learn.task_record.table.assign(arm=arm)
@@ -93,7 +98,7 @@ def finetune(work, arm, target, lr, seed=0):
     if out.exists(): return
     stores = stores_of(work, target)
     dls = labelled_loaders(stores, holdout_split(stores.nights), labels=LABELS, bs=BATCH, min_steps=PASS_STEPS, seed=seed)
-    if arm == 'scratch': learn = supervised_learner(dls, lr=lr, patience=PATIENCE, seed=seed)
+    if arm in SCRATCH: learn = supervised_learner(dls, lr=lr, patience=PATIENCE, seed=seed, backbone=SCRATCH[arm])
     else:
         heads_of = {NAMES[target]: NAMES[target]} if target in ARMS[arm][0] else None
         learn = finetune_learner(dls, work/f'pretrained {arm}.safetensors', lr=lr, unfreeze=UNFREEZE, patience=PATIENCE,
@@ -233,14 +238,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--work', type=Path, required=True, help='folder for all that is computed')
     parser.add_argument('part', choices=['pretrain', 'finetune', 'probe', 'real', 'triplets', 'tables'])
-    parser.add_argument('arms', nargs='*', help=', '.join(['scratch', *ARMS]))
+    parser.add_argument('arms', nargs='*', help='; '.join([*SCRATCH, *ARMS]))
     parser.add_argument('--targets', default='SIA')
     args = parser.parse_args()
     if args.part == 'pretrain':
         for arm in args.arms or ARMS: pretrain(args.work, arm)
     if args.part == 'finetune':
-        for arm in args.arms or ['scratch', *ARMS]:
-            for target in (ARMS[arm][2] if arm != 'scratch' else 'SIA'):
+        for arm in args.arms or [*SCRATCH, *ARMS]:
+            for target in ('SIA' if arm in SCRATCH else ARMS[arm][2]):
                 if target in args.targets:
                     for lr in RATES: finetune(args.work, arm, target, lr)
     if args.part == 'probe': probe(args.work)
