@@ -168,7 +168,7 @@ def plot_spectrogram(
     _time_axis(ax, edges, start, epoch_sec)
     return ax if stages is None else axes
 
-# %% ../nbs/590_plots.ipynb #b1fc892d
+# %% ../nbs/590_plots.ipynb #5bb31a3e
 def plot_confusion(
     conf,     # epochs, `(5, 5)`: true × predicted, as from `confusion`
     ax=None,  # matplotlib axes; a new figure if none is given
@@ -185,14 +185,14 @@ def plot_confusion(
     share = np.divide(conf, whole, out=np.zeros(conf.shape), where=whole > 0)
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for (i, j),n in np.ndenumerate(conf):
-        ax.text(j, i, f'{n:,}\n{share[i, j]:.0%}' if n else '0' if whole[i] else '–', ha='center', va='center', fontsize='small',
-                color='white' if share[i, j] > .5 else 'black')
+        text = f'{n:,}\n{share[i, j]:.0%}' if n else '0' if whole[i] else '–'
+        ax.text(j, i, text, ha='center', va='center', fontsize='small', color='white' if share[i, j] > .5 else 'black')
     ax.spines[:].set_visible(False)
     ax.set(xticks=range(5), xticklabels=labels, yticks=range(5), yticklabels=labels, xlabel='predicted', ylabel='true')
     ax.tick_params(length=0)
     return ax
 
-# %% ../nbs/590_plots.ipynb #b270c4b8
+# %% ../nbs/590_plots.ipynb #e44a9fc2
 def plot_class_bars(
     table:pd.DataFrame, # as from `score_nights`
     over:str='pooled',  # `'pooled'` epochs, or `'nights'`
@@ -204,7 +204,8 @@ def plot_class_bars(
     names = [f'f1_{s.label}' for s in Stage]
     try: rows = table.loc[over].loc[names, ['value', 'low', 'high']].astype(float)
     except (KeyError, AttributeError) as error:
-        raise SleepnbError('this table has no F1 of the stages', expected='what score_nights gives', found=str(error)) from error
+        raise SleepnbError('this table has no F1 of the stages', expected='what score_nights gives',
+                           found=str(error)) from error
     ax = _axes(ax, 4, 2.8)
     ax.bar(range(5), rows.value, color=[*STAGE_COLORS.values()], width=.7)
     ax.vlines(range(5), rows.low, rows.high, plt.rcParams['text.color'], lw=1.2)
