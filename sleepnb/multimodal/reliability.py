@@ -50,7 +50,7 @@ def hide_runs(
     hidden = torch.zeros(*starts.shape[:-1], x.shape[-1], dtype=torch.bool, device=x.device).scatter(-1, at, True)
     return x.masked_fill(hidden[..., None, :], 0)
 
-# %% ../../nbs/400_multimodal.reliability.ipynb #71415907
+# %% ../../nbs/400_multimodal.reliability.ipynb #e41f6a74
 @contextmanager
 def in_mode(
     network:nn.Module,
@@ -74,16 +74,21 @@ def reliability(
     n_runs:int=3,                   # how many runs share it
     how:str='normal',               # starts of the runs, one of `STARTS`
     confidence:str='probability',   # what varies, one of `CONFIDENCES`
-    training:bool=False,            # whether the passes run as in training
+    training:bool=False,            # whether the passes run as in training, then all at once
+    at_once:int=256,                # masked epochs that the network sees at once, in whole passes
 )->torch.Tensor:                    # variance r, `(b,)`, ≥ 0, without gradient; 0 where there is no stage
     "How much the confidence in the true stage varies when parts of the epoch are hidden."
     if confidence not in CONFIDENCES:
         raise SleepnbError('confidence is unknown', expected=' or '.join(CONFIDENCES), found=repr(confidence))
     b,length = len(x), round(share*x.shape[-1]/n_runs)
     starts = mask_starts(n_passes*b, x.shape[-1], n_runs, length, how, x.device).unflatten(0, (n_passes, b))
-    masked = hide_runs(x.expand(n_passes, *x.shape), starts, length)            # passes b c t
-    with in_mode(network, training): logits = network(masked.flatten(0, 1)).unflatten(0, (n_passes, b))
-    p = logits.to(torch.promote_types(logits.dtype, torch.float32))             # half precision is too coarse here
+    logits = []
+    with in_mode(network, training):
+        for some in starts.split(n_passes if training else max(1, at_once // b)):
+            masked = hide_runs(x.expand(len(some), *x.shape), some, length)     # passes b c t
+            logits.append(network(masked.flatten(0, 1)).unflatten(0, (len(some), b)))
+    p = torch.cat(logits)
+    p = p.to(torch.promote_types(p.dtype, torch.float32))                       # half precision is too coarse here
     if confidence == 'probability': p = p.softmax(-1)
     of_true = p.gather(-1, y.long().clamp(min=0).expand(n_passes, b)[..., None]).squeeze(-1)   # passes b
     return of_true.var(0, correction=0).masked_fill(y == UNSCORED, 0)
