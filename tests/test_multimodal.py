@@ -1,5 +1,6 @@
-"""SleepSMC's blocks against loops in double precision, numbers worked out by hand, and many draws."""
+"""SleepSMC against loops in double precision, numbers worked out by hand, and many draws."""
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from sleepnb.core import SleepnbError
+from sleepnb.core import MontageError, SleepnbError
+from sleepnb.models.cam import sensor_positions
 from sleepnb.models.featurenet import FeatureClassifier, FeatureCNN, FeatureNet
 from sleepnb.models.layers import ConvBlock, count_macs, count_parameters
 from sleepnb.multimodal.contrast import WEIGHT_MODES, supcon_loss
 from sleepnb.multimodal.reliability import hide_runs, in_mode, mask_starts, reliability, reliability_weights
+from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(1)
@@ -316,3 +319,249 @@ def test_supcon_survives_extremes():
             loss.backward()
             assert loss.item() == 0 and not f.grad.any()
     with pytest.raises(SleepnbError, match='weight mode'): supcon_loss(f, labels, mode='exp')
+
+# The whole network
+
+MONTAGES = dict(lab=['F3-M2', 'C3-M2', 'O1-M2', 'F4-M1', 'C4-M1', 'O2-M1', 'E1-M2', 'E2-M2', 'Chin'],
+                ward=['F3-M2', 'E1-M2', 'C3-M2', 'O1-M2', 'F4-M1', 'C4-M1', 'O2-M1', 'E2-M1', 'EMG1'])
+N = dict(EEG=6, EOG=2, EMG=1)
+
+def part_of(c, at, dtype=torch.float32):
+    "What a batch says of epochs of some channels; each epoch has its own scale."
+    shape = len(at), c
+    median,scale = 10*torch.randn(shape, dtype=dtype), 5 + 20*torch.rand(shape, dtype=dtype)
+    x = scale[..., None]*torch.randn(*shape, 3000, dtype=dtype) + median[..., None]
+    return dict(x=x, median=median, scale=scale, there=torch.ones(shape, dtype=torch.bool), at=torch.tensor(at))
+
+def batch_of(ats=dict(lab=[4, 0, 2], ward=[1, 3]), n=N, dtype=torch.float32):
+    return None, {k: {m: part_of(c, at, dtype) for m,c in n.items()} for k,at in ats.items()}
+
+def normal(part):
+    z = (part['x'] - part['median'][..., None]) / part['scale'][..., None]
+    return z.clamp(-20, 20)
+
+def by_place(inputs, m):
+    "Normalised signals of one modality, as the batch is ordered."
+    found = {int(a): z for p in inputs[1].values() for a,z in zip(p[m]['at'], normal(p[m]))}
+    return torch.stack([found[i] for i in range(len(found))])
+
+def changed(inputs, cohort, m, **values):
+    return None, inputs[1] | {cohort: inputs[1][cohort] | {m: inputs[1][cohort][m] | values}}
+
+def gradients(net, loss): return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, [*net.parameters()], allow_unused=True)))
+
+Y = torch.tensor([0, 1, 0, 4, 2])
+
+@pytest.mark.parametrize('mode, each', [('joint', (320_288, 211_488, 184_288)), ('shared', (184_288,)*3), ('cam', (592_288, 184_288, 184_288))])
+@pytest.mark.parametrize('primary', [None, 'EOG'])
+def test_sleepsmc_has_the_weights_of_its_table(mode, each, primary):
+    net = SleepSMC(MONTAGES, primary=primary, channel_mode=mode)
+    assert tuple(count_parameters(o.cnn) for o in net.extractors.values()) == each
+    heads = 98_693 + 33_157 + 16_773 if mode == 'shared' else 3*16_773
+    fused = 0 if primary else (3*(64 if mode == 'shared' else 256) + 1)*64 + 65*5
+    assert count_parameters(net) == sum(each) + heads + fused + (16*72 if mode == 'cam' else 0)
+    assert sum(count_parameters(*p) for p in net.parts.values()) == count_parameters(net)
+
+@pytest.mark.parametrize('mode', ['joint', 'shared'])
+def test_sleepsmc_is_its_parts_in_the_order_of_the_batch(mode):
+    net,inputs = lived(SleepSMC(MONTAGES, channel_mode=mode, primary=None)), batch_of(dtype=torch.float64)
+    x = {m: by_place(inputs, m) for m in N}
+    f = {m: net.extractors[m](x[m]) for m in N}
+    each = {m: net.classifiers[m](f[m]).softmax(-1) for m in N}
+    for n in (1, 2, 3):
+        for using in combinations(N, n):
+            assert_close(net.stage(inputs, using, 'mean').softmax(-1), sum(each[m] for m in using)/n)
+            fused = net.head(torch.cat([f[m] if m in using else 0*f[m] for m in N], 1))
+            assert_close(net.stage(inputs, using[::-1]), fused)
+    assert_close(net(inputs), fused)
+    single = SleepSMC(MONTAGES, channel_mode=mode, primary='EOG').double()
+    single.load_state_dict({k: v for k,v in net.state_dict().items() if not k.startswith('head.')})
+    assert_close(single.eval()(inputs).softmax(-1), each['EOG'])
+    made = net.train()(inputs)
+    for i,m in enumerate(N): assert_close(made['x'][i], x[m])
+
+def naive_loss(net, pred, y, there, seed, mode, score='exp'):
+    "Every sum written out; masks are drawn from the same seed."
+    names,probs = [*N], lambda logits: [math.exp(o)/sum(math.exp(v) for v in logits) for o in logits]
+    total,epochs = 0., range(len(y))
+    for i in range(3):
+        known = [e for e in epochs if there[i][e] and y[e] >= 0]
+        total += sum(-math.log(probs(pred['logits'][i, e].tolist())[y[e]]) for e in known)/len(known)
+    if 'fused' in pred:
+        known = [e for e in epochs if y[e] >= 0]
+        total += sum(-math.log(probs(pred['fused'][e].tolist())[y[e]]) for e in known)/len(known)
+    torch.manual_seed(seed)
+    net.eval()
+    r = {}
+    for i,m in enumerate(names):
+        known = [e for e in epochs if there[i][e] and y[e] >= 0]
+        if m == net.primary: continue
+        starts = mask_starts(9*len(known)).unflatten(0, (9, len(known))).tolist()
+        for k,e in enumerate(known):
+            p = []
+            for t in range(9):
+                one = pred['x'][i][e].clone()
+                for start in starts[t][k]: one[:, start:start + 150] = 0
+                p.append(probs(net.classifiers[m](net.extractors[m](one[None]))[0].tolist())[y[e]])
+            r[m, e] = sum((o - sum(p)/9)**2 for o in p)/9
+    weights = torch.zeros(3, len(y), dtype=torch.float64)
+    for e in epochs:
+        z = {m: math.exp((math.exp(-r.get((m, e), 0)) if score == 'exp' else -r.get((m, e), 0))/.1)
+             for i,m in enumerate(names) if m != net.primary and there[i][e]}
+        for i,m in enumerate(names):
+            if there[i][e]: weights[i, e] = 1. if m == net.primary else len(z)*z[m]/sum(z.values())
+    return total + supcon_by_loops(pred['features'], y, weights, mode, .1, there), weights
+
+@pytest.mark.parametrize('primary', [None, 'EEG', 'EMG'])
+@pytest.mark.parametrize('mode, score', [('scale_after_norm', 'exp'), ('loss', 'negative'), ('literal', 'exp')])
+def test_the_loss_is_the_loops(primary, mode, score):
+    net = lived(SleepSMC(MONTAGES, primary=primary, drop=0.)).train()
+    for m in N: net.classifiers[m][-1].weight.data.mul_(20)                          # sure of itself, so that masks matter
+    inputs,y = batch_of(dtype=torch.float64), torch.tensor([0, 1, 0, -1, 1])
+    gone = inputs[1]['lab']['EOG']['there'].clone()
+    gone[1] = False                                                                 # place 0
+    inputs,there = changed(inputs, 'lab', 'EOG', there=gone), torch.tensor([[1]*5, [0, 1, 1, 1, 1], [1]*5]).bool()
+    pred,loss = net(inputs), SleepSMCLoss(net, weight_mode=mode, score=score)
+    assert torch.equal(pred['there'], there)
+    torch.manual_seed(5)
+    total = loss(pred, y)
+    expected,weights = naive_loss(net, {k: [o.detach() for o in v] if k == 'x' else v.detach() for k,v in pred.items()}, y, there, 5, mode, score)
+    assert_close(total.item(), expected, atol=1e-10, rtol=1e-10)
+    known = y >= 0
+    assert_close(loss.last['weights'][:, known], weights[:, known])
+    assert (weights[:, known] - 1).abs().max() > .02
+    constant = sum(nn.functional.cross_entropy(l[t], y[t], ignore_index=-1) for l,t in zip(pred['logits'], there))
+    if primary is None: constant = constant + nn.functional.cross_entropy(pred['fused'], y, ignore_index=-1)
+    constant = constant + supcon_loss(pred['features'], y, loss.last['weights'], mode, there=there)
+    ours = torch.autograd.grad(total, [*net.parameters()], retain_graph=True)
+    for a,b in zip(ours, torch.autograd.grad(constant, [*net.parameters()])): assert_close(a, b)     # none goes through the weights
+
+def test_a_step_weighed_as_printed_is_not_weighed():
+    net,inputs = lived(SleepSMC(MONTAGES, primary=None, drop=0.)).train(), batch_of(dtype=torch.float64)
+    for m in N: net.classifiers[m][-1].weight.data.mul_(20)
+    plain,literal,ours = (gradients(net, SleepSMCLoss(net, **kwargs)(net(inputs), Y))
+                          for kwargs in (dict(uncertainty=False), dict(weight_mode='literal'), dict(weight_mode='loss')))
+    for k,g in plain.items(): assert_close(literal[k], g, atol=1e-10, rtol=1e-7)
+    assert max(float((ours[k] - g).abs().max() / g.abs().max()) for k,g in plain.items() if g.any()) > 1e-3
+
+def test_masked_passes_leave_the_network_as_it_was():
+    net = SleepSMC(MONTAGES)
+    pred = net(batch_of())
+    net.extractors['EMG'].eval()                                                    # frozen by someone
+    before,modes = {k: v.clone() for k,v in net.state_dict().items()}, [o.training for o in net.modules()]
+    loss = SleepSMCLoss(net)
+    weights,r = loss.weigh(pred, Y)
+    assert not weights.requires_grad and not r[0].any() and (r[1:] > 0).all()
+    assert [o.training for o in net.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+
+@pytest.mark.parametrize('how', ['there', 'flat', 'nan', 'inf'])
+def test_an_epoch_without_a_modality_is_as_if_it_were_not_in_its_batch(how):
+    "Exactly so for the networks of other modalities; the missing one's has the batch of the others, statistics included."
+    inputs,y = batch_of(dict(lab=[0, 1, 2, 3, 4])), Y
+    lost = dict(there=torch.arange(5)[:, None].expand(5, 2) != 2) if how == 'there' else \
+        dict(x=inputs[1]['lab']['EOG']['x'].index_fill(0, torch.tensor(2), dict(flat=7., nan=torch.nan, inf=torch.inf)[how]))
+    without = changed(inputs, 'lab', 'EOG', **lost)
+    y_left,others = y[[0, 1, 3, 4]], torch.tensor([0, 1, 3, 4])
+    left = None, dict(lab={m: {k: v[others] if k != 'at' else torch.arange(4) for k,v in p.items()} for m,p in inputs[1]['lab'].items()})
+    def run(inputs, y):
+        torch.manual_seed(3)
+        net = SleepSMC(MONTAGES, drop=0.)
+        return gradients(net, SleepSMCLoss(net, contrast=False)(net(inputs), y)), net.state_dict()
+    (full,_),(some,stats),(less,fewer) = run(inputs, y), run(without, y), run(left, y_left)
+    for k in full:
+        if 'EOG' in k: assert_close(some[k], less[k], atol=1e-7, rtol=1e-5)
+        else: assert_close(some[k], full[k], atol=0, rtol=0)
+    assert some['extractors.EOG.cnn.small.stem.0.0.weight'].any()
+    for k in stats:
+        if 'EOG' in k: assert_close(stats[k], fewer[k])
+
+def test_a_modality_that_nobody_has_learns_nothing():
+    inputs = batch_of(dict(lab=[0, 1, 2, 3, 4]))
+    inputs = changed(inputs, 'lab', 'EMG', there=torch.zeros(5, 1, dtype=torch.bool))
+    net = SleepSMC(MONTAGES, primary=None)
+    before = {k: v.clone() for k,v in net.state_dict().items() if 'EMG' in k}
+    total = SleepSMCLoss(net)(net(inputs), Y)
+    assert total.isfinite()
+    for k,g in gradients(net, total).items():
+        if 'EMG' in k: assert g is None or not g.any()
+    for k,v in before.items(): assert torch.equal(net.state_dict()[k], v)
+    for primary in ('EMG', None):                                                   # nothing to stage with
+        net = SleepSMC(MONTAGES, primary=primary).eval()
+        empty = None, dict(lab={m: p | dict(there=torch.zeros_like(p['there'])) for m,p in inputs[1]['lab'].items()})
+        assert torch.equal(net(empty), torch.zeros(5, 5)) and SleepSMCLoss(net.train())(net(empty), Y).item() == 0
+
+def test_hidden_modalities():
+    net,inputs = SleepSMC(MONTAGES, primary=None, hide=.4), batch_of()
+    there = torch.rand(3, 4000) < .8
+    kept = net._kept(there)
+    assert not (kept & ~there).any() and torch.equal(kept.any(0), there.any(0))
+    alone = there.sum(0) == 3
+    share = kept[:, alone].float().mean().item()                                    # all hidden, .4³: then all are seen
+    assert abs(share - (.6 + .4**3)) < .03
+    one = there.sum(0) == 1
+    assert kept[:, one].sum() == one.sum()
+    net.hide = 0.
+    assert net._kept(there) is there
+
+def test_masks_are_drawn_last():
+    "A step with them has the dropout of one without."
+    net,inputs,made = SleepSMC(MONTAGES), batch_of(), []
+    state = {k: v.clone() for k,v in net.state_dict().items()}
+    for loss in (SleepSMCLoss(net), SleepSMCLoss(net, uncertainty=False)):
+        net.load_state_dict(state)
+        torch.manual_seed(4)
+        loss(net(inputs), Y)
+        made.append({k: float(v) for k,v in loss.last['losses'].items() if k != 'contrast'})
+    assert made[0] == made[1]
+
+def test_any_montage_is_mixed_by_its_places():
+    net = lived(SleepSMC(MONTAGES, primary=None, channel_mode='cam'))
+    names = ['P4-M1', 'E2-M1', 'C3-M2', 'E1-M2', 'F8-M1', 'Chin', 'EMG2']
+    moved = net.for_montages(dict(home=names))
+    inputs = batch_of(dict(home=[2, 0, 1]), dict(EEG=3, EOG=2, EMG=2), torch.float64)
+    there = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 1]]).bool()
+    inputs = changed(changed(inputs, 'home', 'EEG', there=there), 'home', 'EMG', there=torch.tensor([[1, 1], [1, 0], [0, 0]]).bool())
+    places = sensor_positions(['P4-M1', 'C3-M2', 'F8-M1']).double()
+    phi = torch.stack([2*torch.pi/1.4 * (a*(places[:, 0] + .2) + b*(places[:, 1] + .2)) for a in range(6) for b in range(6)], 1)
+    scores = torch.cat([phi.cos(), phi.sin()], 1) @ net.alignment.cam('lab').heads.detach().T      # c v
+    z = normal(inputs[1]['home']['EEG'])
+    expected = torch.stack([torch.einsum('ct,cv->vt', z[i, there[i]], scores[there[i]].softmax(0)) for i in range(3)])
+    assert_close(moved.signals(inputs[1], 'EEG')[0], expected[[1, 2, 0]], atol=1e-5, rtol=1e-5)
+    z = normal(inputs[1]['home']['EMG'])
+    x,has = moved.signals(inputs[1], 'EMG')
+    assert_close(x, torch.stack([z[1, :1], torch.zeros(1, 3000), z[0].mean(0, keepdim=True)]))
+    assert has.tolist() == [True, False, True]
+    turned = net.for_montages(dict(home=names[::-1]))
+    backwards = None, dict(home={m: {k: v if k == 'at' else v.flip(1) for k,v in p.items()} for m,p in inputs[1]['home'].items()})
+    assert_close(turned(backwards), moved(inputs))
+    eeg_only = net.for_montages(dict(home=['Cz-M2']))
+    assert eeg_only(batch_of(dict(home=[0, 1]), dict(EEG=1, EOG=0, EMG=0), torch.float64)).isfinite().all()
+    before = {k: v.clone() for k,v in net.state_dict().items()}
+    for p in moved.parameters(): p.data.add_(1)
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+
+def test_sleepsmc_takes_other_modalities():
+    montages = dict(icu=['C4-M1', 'ECG', 'EMG3', 'EMG4'])
+    net = SleepSMC(montages, ('ECG', 'EEG', 'EMG'), primary='ECG')
+    inputs = batch_of(dict(icu=[0, 1, 2, 3, 4]), dict(ECG=1, EEG=1, EMG=2))
+    assert SleepSMCLoss(net)(net(inputs), Y).isfinite() and net.eval()(inputs).shape == (5, 5)
+    pair = SleepSMC(montages, ('EEG', 'ECG'))
+    loss = SleepSMCLoss(pair)
+    loss(pair(inputs), Y)
+    assert_close(loss.last['weights'], torch.ones(2, 5))                            # one auxiliary is compared with nobody
+
+def test_sleepsmc_refuses():
+    with pytest.raises(MontageError, match='EOG.*expected 2 in each; found 2 in lab, 2 in ward, 1 in home'): SleepSMC(MONTAGES | dict(home=[*MONTAGES['lab'][:6], 'E1-M2']))
+    with pytest.raises(MontageError, match='no cohort has this modality'): SleepSMC(MONTAGES, ('EEG', 'ECG'))
+    with pytest.raises(MontageError, match='cam'): SleepSMC(MONTAGES).for_montages(dict(home=['C3-M2']))
+    for kwargs in (dict(primary='ECG'), dict(modalities=('EEG', 'EEG')), dict(channel_mode='own')):
+        with pytest.raises(SleepnbError): SleepSMC(MONTAGES, **kwargs)
+    net = SleepSMC(MONTAGES).eval()
+    for using in ('EEG', (), ('ECG',)):
+        with pytest.raises(SleepnbError, match='no modalities of the network'): net.stage(batch_of(), using)
+    with pytest.raises(SleepnbError, match='cannot fuse'): net.stage(batch_of(), fuse='head')
+    with pytest.raises(SleepnbError, match='does not know this cohort'): net(batch_of(dict(home=[0])))
+    with pytest.raises(SleepnbError, match='expected 6: F3-M2'): net(batch_of(n=dict(EEG=5, EOG=2, EMG=1)))
+    for kwargs in (dict(weight_mode='none'), dict(score='none')):
+        with pytest.raises(SleepnbError, match='no such mode'): SleepSMCLoss(net, **kwargs)
