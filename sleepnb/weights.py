@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'write_tensors', 'read_description', 'read_tensors', 'save_weights', 'load_weights']
 
-# %% ../nbs/510_weights.ipynb #5adcf393
+# %% ../nbs/510_weights.ipynb #ac5a24da
 import json
 import os
 import platform
@@ -22,6 +22,7 @@ from torch import nn
 from . import __version__
 from .core import Modality, Stage, WeightsError
 from .models.network import Backbone, StageNetwork
+from .multimodal.sleepsmc import SleepSMC
 from .ssrl.mtssrl import MTSSRL
 
 # %% ../nbs/510_weights.ipynb #2364cb61
@@ -101,15 +102,20 @@ def read_tensors(
         raise _damaged(path, f'checksum {found}, which should be {metadata.get("checksum")}')
     return tensors, described
 
-# %% ../nbs/510_weights.ipynb #e420d71c
+# %% ../nbs/510_weights.ipynb #ca509911
 FORMAT = 1 # of weights files
-_NETWORKS = dict(StageNetwork=StageNetwork, MTSSRL=MTSSRL)
+_NETWORKS = dict(StageNetwork=StageNetwork, MTSSRL=MTSSRL, SleepSMC=SleepSMC)
+
+def _aligned(network)->tuple: # the module that aligns sensors by their places; cohort → the names of these
+    if isinstance(network, SleepSMC): return network.alignment, network.sensors
+    backbone = network.backbone
+    return backbone.alignment, {k: [v[i] for i in backbone.picks[k]] for k,v in backbone.config['montages'].items()}
 
 def _sensors(
-    backbone:Backbone,
-)->dict[str, list]: # cohort → name, x and y of each sensor
-    names = {k: [v[i] for i in backbone.picks[k]] for k,v in backbone.config['montages'].items()}
-    return {k: [[n, *p] for n,p in zip(v, backbone.alignment.positions(k).tolist())] for k,v in names.items()}
+    network:nn.Module,
+)->dict[str, list]: # cohort → name, x and y of each sensor whose place matters
+    alignment,names = _aligned(network)
+    return {k: [[n, *p] for n,p in zip(v, alignment.positions(k).tolist())] for k,v in names.items()}
 
 def _by_cohort(
     people:Iterable, # (cohort, subject)
@@ -119,7 +125,7 @@ def _by_cohort(
 
 def save_weights(
     path:str|Path,                 # a `.safetensors` file
-    network:nn.Module,             # a `StageNetwork` or `MTSSRL`
+    network:nn.Module,             # a `StageNetwork`, `MTSSRL` or `SleepSMC`
     fitted:Iterable=(),            # (cohort, subject) of everybody whose epochs it was fitted to
     judged:Iterable=(),            # the same of those by whom it was chosen: who decided when to stop
     split:dict|None=None,          # what the split says, as JSON can hold it
@@ -130,21 +136,22 @@ def save_weights(
     kind = type(network).__name__
     if kind not in _NETWORKS:
         raise WeightsError('such a network cannot be saved', expected=' or '.join(_NETWORKS), found=kind)
-    backbone = network.backbone
-    described = dict(kind='weights', format=FORMAT, network=kind, backbone=backbone.config, arguments=network.config,
-                     sensors=_sensors(backbone), modalities=[Modality.EEG.value], stages=[s.label for s in Stage],
+    backbone,modalities = getattr(network, 'backbone', None), getattr(network, 'modalities', [Modality.EEG.value])
+    described = dict(kind='weights', format=FORMAT, network=kind, backbone=backbone and backbone.config,
+                     arguments=network.config, sensors=_sensors(network), modalities=list(modalities),
+                     stages=[s.label for s in Stage],
                      normalisation='(x − median) / (interquartile range / 1.349) per recording and channel',
                      fitted=_by_cohort(fitted), judged=_by_cohort(judged), split=split, recipe=recipe, notes=notes,
                      versions=dict(sleepnb=__version__, torch=torch.__version__, python=platform.python_version()))
     return write_tensors(path, network.state_dict(), described)
 
-# %% ../nbs/510_weights.ipynb #54526255
+# %% ../nbs/510_weights.ipynb #fd170335
 def _build(path, described):
     backbone,arguments = described['backbone'], described['arguments']
     try:
-        network = _NETWORKS[described['network']](Backbone(**backbone), **arguments)
-        for i,sensors in enumerate(described['sensors'].values()):
-            getattr(network.backbone.alignment, f'positions{i}').copy_(torch.tensor([s[1:] for s in sensors]))
+        network = _NETWORKS[described['network']](*[Backbone(**backbone)] if backbone else [], **arguments)
+        for k,sensors in described['sensors'].items():
+            _aligned(network)[0].positions(k).copy_(torch.tensor([s[1:] for s in sensors]))
     except Exception as e:
         raise WeightsError('the network cannot be built', where=path, found=f'{type(e).__name__}: {e}',
                            remedy='If it has an encoder of your own, build the network and give it: into=network.') from e
@@ -152,7 +159,8 @@ def _build(path, described):
 
 def _check_same(path, described, network):
     "Would a filled network see what the weights saw?"
-    mine,theirs = (json.loads(json.dumps(c)) for c in (network.backbone.config, described['backbone']))
+    mine = network.backbone.config if hasattr(network, 'backbone') else network.config
+    mine,theirs = json.loads(json.dumps(mine)), described['backbone'] or described['arguments']
     if differ := [k for k in {*mine} | {*theirs} if k != 'encoder' and mine.get(k) != theirs.get(k)]:
         raise WeightsError('the network is built otherwise than that of the file', where=path,
                            expected='; '.join(f'{k} {theirs.get(k)}' for k in sorted(differ)),

@@ -23,31 +23,47 @@ from sleepnb.data.loaders import Stores, draw_triplets, labelled_loaders, pretra
 from sleepnb.data.psg import Night
 from sleepnb.data.splits import Split
 from sleepnb.data.store import Cohort, prepare
-from sleepnb.learner import finetune_learner, mtssrl_learner, predict_stages, save_learner, supervised_learner
+from sleepnb.learner import (extract_features, finetune_learner, load_learner, mtssrl_learner, predict_stages, save_learner,
+                             score_subsets, sleepsmc_learner, supervised_learner)
 from sleepnb.models.cam import sensor_positions
 from sleepnb.models.network import Backbone, StageNetwork, move_to
 from sleepnb.montage import parse_channel
+from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
 from sleepnb.ssrl.mtssrl import MTSSRL
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights, read_description, save_weights
 
 MONTAGES = dict(home=('Fpz-Cz', 'Pz-Oz'), clinic=('F4-M1', 'C4-M1', 'O2-M1'))
+WARDS = dict(ward=('C4-M1', 'E1-M2', 'Chin'), eyes=('C3-M2', 'E1-M2'))          # the second has no EMG
+MODALITIES = ('EEG', 'EOG', 'EMG')
 PEOPLE = [(cohort, s) for cohort in MONTAGES for s in 'abcde']
 EXACT = dict(rtol=0, atol=0)
 
 def read_synth(row, cohort):
-    made = synth_night(MONTAGES[cohort], n_epochs=6, subject=f'{cohort} {row["subject"]}')
-    return Night(list(made.x), [100]*len(made.x), [parse_channel(c) for c in MONTAGES[cohort]], made.stages)
+    channels = (MONTAGES | WARDS)[cohort]
+    made = synth_night(channels, n_epochs=6, subject=f'{cohort} {row["subject"]}')
+    return Night(list(made.x), [100]*len(made.x), [parse_channel(c) for c in channels], made.stages)
 
-def among(train, valid, test): return Split(*([p for p in PEOPLE if p[1] in part] for part in (train, valid, test)))
+def among(train, valid, test, cohorts=tuple(MONTAGES)):
+    return Split(*([(c, s) for c in cohorts for s in 'abcde' if s in part] for part in (train, valid, test)))
+
+def prepared(folder, montages, recipe):
+    for name in montages:
+        nights = pd.DataFrame(dict(subject=list('abcde'), night=1))
+        prepare(Cohort(name, nights, montages[name], partial(read_synth, cohort=name)), folder/name, recipe, progress=False)
+    return [folder/name for name in montages]
 
 @pytest.fixture(scope='module')
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('stores')
-    for name in MONTAGES:
-        nights = pd.DataFrame(dict(subject=list('abcde'), night=1))
-        prepare(Cohort(name, nights, MONTAGES[name], partial(read_synth, cohort=name)), folder/name, 'mtssrl', progress=False)
-    return [folder/name for name in MONTAGES]
+def folders(tmp_path_factory): return prepared(tmp_path_factory.mktemp('stores'), MONTAGES, 'mtssrl')
+
+@pytest.fixture(scope='module')
+def wards(tmp_path_factory): return prepared(tmp_path_factory.mktemp('wards'), WARDS, 'sleepsmc')
+
+@pytest.fixture(scope='module')
+def ward_loaders(wards):
+    stores = Stores(wards)
+    def make(bs=8, **kwargs): return labelled_loaders(stores, among('abc', 'd', 'e', WARDS), bs=bs, modalities=MODALITIES, **kwargs)
+    return make
 
 @pytest.fixture(scope='module')
 def stores(folders): return Stores(folders)
@@ -71,17 +87,17 @@ def fitted(learn, *args, **kwargs):
 
 def weights(network): return {k: v.clone() for k,v in network.state_dict().items()}
 
-MAKERS = ('mtssrl', 'finetune', 'supervised')
+MAKERS = ('mtssrl', 'finetune', 'supervised', 'sleepsmc')
 
 @pytest.fixture(params=MAKERS)
-def make(request, stores, split):
-    "Makes one of the three learners."
+def make(request, stores, split, ward_loaders):
+    "Makes one of the four learners."
     labelled,pretraining = labelled_loaders(stores, split, bs=8), pretraining_loaders(stores, split, bs=8)
     torch.manual_seed(7)
     backbone = Backbone(MONTAGES)
     return dict(mtssrl=partial(mtssrl_learner, pretraining),
                 finetune=partial(finetune_learner, labelled, backbone, unfreeze=(1, 2, 3)),
-                supervised=partial(supervised_learner, labelled))[request.param]
+                supervised=partial(supervised_learner, labelled), sleepsmc=partial(sleepsmc_learner, ward_loaders()))[request.param]
 
 # What fastai's learners can do
 
@@ -102,7 +118,7 @@ def test_looking_trains_nothing_and_needs_no_training(make, capsys):
     first = quietly(learn, lambda l: list(l.validate()))
     quietly(learn, lambda l: l.show_training_loop())
     assert 'Start Fit' in capsys.readouterr().out
-    if isinstance(learn.model, StageNetwork):
+    if isinstance(learn.model, (StageNetwork, SleepSMC)):
         pred,true = quietly(learn, lambda l: l.get_preds())
         assert pred.shape == (len(learn.dls.valid.rows), 5)
         assert 'Total params: ' in quietly(learn, lambda l: l.summary())
@@ -113,11 +129,11 @@ def test_looking_trains_nothing_and_needs_no_training(make, capsys):
 
 def test_looking_leaves_what_a_training_wrote(make, tmp_path):
     learn = fitted(make(cbs=Checkpoint(file := tmp_path/'c.safetensors')), 1)
-    kept = [getattr(learn, n).state() for n in ('task_record', 'keep_best') if hasattr(learn, n)]
+    kept = [getattr(learn, n).state() for n in ('task_record', 'keep_best', 'modality_record') if hasattr(learn, n)]
     rows,written = [len(k.get('rows', ())) for k in kept], file.read_bytes()
     quietly(learn, lambda l: l.validate())
-    if isinstance(learn.model, StageNetwork): predict_stages(learn)
-    after = [getattr(learn, n).state() for n in ('task_record', 'keep_best') if hasattr(learn, n)]
+    if isinstance(learn.model, (StageNetwork, SleepSMC)): predict_stages(learn)
+    after = [getattr(learn, n).state() for n in ('task_record', 'keep_best', 'modality_record') if hasattr(learn, n)]
     assert [len(k.get('rows', ())) for k in after] == rows and [k.get('pass_') for k in after] == [k.get('pass_') for k in kept]
     assert file.read_bytes() == written
 
@@ -244,6 +260,117 @@ def test_the_best_loss_is_the_lowest(stores, split):
     learn = supervised_learner(labelled_loaders(stores, split, bs=8))
     learn.remove_cb(learn.keep_best)
     assert fitted(learn, 3, cbs=[ByHand(), keep := KeepBest('valid_loss')]) and keep.kept['pass_'] == 1
+
+def test_equal_passes_are_decided_by_the_loss(stores, split):
+    class ByHand(Callback):
+        order = 55
+        def after_epoch(self):
+            names = self.recorder.metric_names[1:]
+            for name,v in dict(accuracy=[.5, .7, .7, .7, .6], valid_loss=[1., 3., 2., 2., .1]).items():
+                self.recorder.values[-1][names.index(name)] = v[self.epoch]
+    for tie,best in ((None, 1), ('valid_loss', 2)):
+        learn = supervised_learner(labelled_loaders(stores, split, bs=8))
+        learn.remove_cb(learn.keep_best)
+        assert fitted(learn, 5, cbs=[ByHand(), keep := KeepBest('accuracy', tie=tie)]) and keep.kept['pass_'] == best
+
+# Several modalities
+
+def test_sleepsmc_training_is_the_loop(ward_loaders):
+    dls = ward_loaders()
+    learn = fitted(sleepsmc_learner(dls, primary=None), 2)
+    torch.manual_seed(0)
+    network = SleepSMC(WARDS, primary=None)
+    loss,opt,made = SleepSMCLoss(network), torch.optim.Adam(network.parameters(), 1e-3), []
+    for p in range(2):
+        dls.train.set_pass(p)
+        network.train()
+        for i,(inputs,y) in enumerate(dls.train):
+            torch.manual_seed(seed_of('step', 0, 'train', p, i, 0))
+            loss(network(inputs), y).backward()
+            opt.step()
+            opt.zero_grad()
+        made.append(weights(network))
+    assert_close(weights(learn.model), made[learn.keep_best.kept['pass_']], **EXACT)
+    values = [dict(zip(learn.recorder.metric_names[1:], v)) for v in learn.recorder.values]
+    assert learn.keep_best.kept['pass_'] == max(range(2), key=lambda i: (values[i]['accuracy'], -values[i]['valid_loss']))
+
+def ends(dls, **kwargs):
+    learn = sleepsmc_learner(dls, **kwargs)
+    learn.remove_cb(learn.keep_best)
+    return weights(fitted(learn, 1).model)
+
+@pytest.mark.parametrize('contrast', [False, True])
+def test_without_weights_one_training_serves_all_primaries(ward_loaders, contrast):
+    made = [ends(ward_loaders(), primary=m, uncertainty=False, contrast=contrast) for m in MODALITIES]
+    for other in made[1:]: assert_close(other, made[0], **EXACT)
+    if contrast: assert any(not torch.equal(v, made[0][k]) for k,v in ends(ward_loaders(), primary='EEG').items())
+    else: assert_close(ends(ward_loaders(), contrast=False), made[0], **EXACT)     # weights of what?
+
+def test_the_record_is_what_the_loss_weighed(ward_loaders):
+    class Note(Callback):
+        order = 45
+        def before_fit(self): self.seen = []
+        def after_batch(self):
+            if self.training: self.seen.append({k: v for k,v in self.loss_func.last.items()})
+    learn = fitted(sleepsmc_learner(ward_loaders(), primary='EOG', cbs=Note()), 1)
+    table = learn.modality_record.table.set_index('modality')
+    for i,m in enumerate(MODALITIES):
+        known = torch.cat([s['known'][i] for s in learn.note.seen])
+        w,r = (torch.cat([s[k][i] for s in learn.note.seen])[known] for k in ('weights', 'variances'))
+        assert len(w) == known.sum() < len(known) if m == 'EMG' else known.all()   # one cohort has none
+        assert table.loc[m, ['weight', 'low', 'high', 'variance']].tolist() == pytest.approx(
+            [w.mean().item(), *np.quantile(w.numpy(), [.05, .95]), r.mean().item()], rel=1e-4)
+        assert table.loss[m] == pytest.approx(np.mean([s['losses'][m].item() for s in learn.note.seen]), rel=1e-5)
+    assert table.loc['EOG', ['weight', 'low', 'high', 'variance']].tolist() == [1, 1, 1, 0]
+    assert {*table.index} == {*MODALITIES, 'contrast'} and np.isnan(table.weight['contrast'])
+    plain = fitted(sleepsmc_learner(ward_loaders(), contrast=False), 1).modality_record
+    assert 'weight' not in plain.table and plain.table.modality.tolist() == [*MODALITIES]
+    plain.plot()
+
+@pytest.mark.parametrize('primary, channel_mode', [('EOG', 'joint'), (None, 'shared'), (None, 'cam')])
+def test_sleepsmc_weights_go_through_a_file(ward_loaders, tmp_path, primary, channel_mode):
+    dls = ward_loaders()
+    learn = fitted(sleepsmc_learner(dls, primary, channel_mode, loss=dict(score='negative', n_passes=3)), 1)
+    path = save_learner(learn, tmp_path/'w.safetensors')
+    described = read_description(path)
+    assert described['network'] == 'SleepSMC' and described['modalities'] == [*MODALITIES] and described['fitted']['ward'] == ['a', 'b', 'c']
+    places = {k: [[v[0], *sensor_positions([v[0]])[0].tolist()]] for k,v in WARDS.items()}
+    assert described['sensors'] == (places if channel_mode == 'cam' else {})
+    network,_ = load_weights(path)
+    assert_close(weights(network), weights(learn.model), **EXACT)
+    again = load_learner(path, dls)
+    assert again.loss_func.config == learn.loss_func.config and again.loss_func.passes['n_passes'] == 3
+    for using in (None, ('EMG',), ('EEG', 'EOG')): assert predict_stages(again, 'valid', using).equals(predict_stages(learn, 'valid', using))
+    stores = dls.train.stores
+    with pytest.raises(SplitError, match='already seen'):
+        load_learner(path, labelled_loaders(stores, among('bcd', 'e', 'a', WARDS), bs=8, modalities=MODALITIES))
+    load_weights(path, into=SleepSMC(**learn.model.config))
+    with pytest.raises(WeightsError, match='built otherwise'): load_weights(path, into=SleepSMC(**learn.model.config | dict(clip=9.)))
+    with pytest.raises(WeightsError, match='no backbone'): finetune_learner(labelled_loaders(stores, among('abc', 'd', 'e', WARDS)), path)
+
+def test_every_subset_stages(ward_loaders):
+    learn = fitted(sleepsmc_learner(ward_loaders(), primary=None), 1)
+    table = score_subsets(learn, 'train', n_boot=20)
+    assert [*table.index] == ['EEG+EOG+EMG', 'EEG+EOG', 'EEG+EMG', 'EOG+EMG', 'EEG', 'EOG', 'EMG']
+    for name in table.index:
+        found = predict_stages(learn, 'train', tuple(name.split('+')))
+        assert table.loc[name, ('accuracy', 'value')] == pytest.approx((found.pred == found.stage).mean())
+    eyes = predict_stages(learn, 'train', ('EMG',)).query("cohort == 'eyes'")
+    assert np.allclose(eyes[[f'p_{s}' for s in ('W', 'N1', 'N2', 'N3', 'R')]], .2)  # nothing is known
+    assert learn.model.using is None
+    with pytest.raises(SleepnbError, match='no modalities of the network'): predict_stages(learn, 'train', ('ECG',))
+    assert learn.model.using is None
+    epochs,features = extract_features(learn, 'EMG', 'train')
+    assert features.shape == (18, 256) and {*epochs.cohort} == {'ward'}
+    x = predict_stages(learn, 'train', ('EMG',)).query("cohort == 'ward'")
+    assert (epochs.index == x.index).all()
+
+def test_a_checkpoint_knows_its_loss(ward_loaders, tmp_path):
+    def train(**kwargs): return fitted(sleepsmc_learner(ward_loaders(), cbs=Checkpoint(tmp_path/'c.safetensors'), **kwargs), 1)
+    train()
+    train()
+    for kwargs in (dict(uncertainty=False), dict(contrast=False), dict(loss=dict(score='negative')), dict(model=dict(drop=.1)), dict(primary='EOG')):
+        with pytest.raises(WeightsError, match='of another training'): train(**kwargs)
 
 # Whom the weights have seen
 
@@ -381,7 +508,7 @@ from fastai.callback.core import Callback
 from sleepnb.callbacks import Checkpoint
 from sleepnb.data.loaders import Stores, labelled_loaders, pretraining_loaders
 from sleepnb.data.splits import Split
-from sleepnb.learner import finetune_learner, mtssrl_learner, save_learner
+from sleepnb.learner import finetune_learner, mtssrl_learner, save_learner, sleepsmc_learner
 from sleepnb.models.network import Backbone
 from sleepnb.weights import read_description
 
@@ -399,14 +526,19 @@ class Tell(Callback):
 
 def train(name, cbs=()):
     if phase == 'mtssrl': learn = mtssrl_learner(pretraining, cbs=cbs)
+    elif phase == 'sleepsmc':
+        dls = labelled_loaders(stores, split, bs=4, modalities=('EEG', 'EOG', 'EMG'))
+        learn = sleepsmc_learner(dls, primary=None, model=dict(hide=.3), cbs=cbs)
     else:
         torch.manual_seed(7)
         learn = finetune_learner(labelled, Backbone(montages), lr=3e-3, unfreeze=(1, 2, 3), cbs=cbs)
     learn.recorder.add_time = False
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3 if phase == 'mtssrl' else 5)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(5 if phase == 'finetune' else 3)
     recorder = learn.recorder
+    told = dict(mtssrl=lambda: learn.task_record.rows, finetune=lambda: learn.keep_best.kept['pass_'],
+                sleepsmc=lambda: [learn.keep_best.kept['pass_'], learn.modality_record.rows])[phase]()
     save_learner(learn, os.path.join(folder, name), values=[list(v) for v in recorder.values], losses=[float(v) for v in recorder.losses],
-                 lrs=recorder.lrs, table=learn.task_record.rows if phase == 'mtssrl' else learn.keep_best.kept['pass_'])
+                 lrs=recorder.lrs, table=told)
 
 def start(name, within):
     ours,theirs = os.pipe()
@@ -456,10 +588,10 @@ print(json.dumps(dict(places=places, how=how, rounds=rounds, left=[f for f in os
 '''
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork on this system')
-@pytest.mark.parametrize('phase', ['mtssrl', 'finetune'])
-def test_twenty_kills_change_nothing(phase, folders, tmp_path):
+@pytest.mark.parametrize('phase', ['mtssrl', 'finetune', 'sleepsmc'])
+def test_twenty_kills_change_nothing(phase, folders, wards, tmp_path):
     environment = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    command = [sys.executable, '-c', KILLER, phase, tmp_path, '20', *folders]
+    command = [sys.executable, '-c', KILLER, phase, tmp_path, '20', *(wards if phase == 'sleepsmc' else folders)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout.splitlines()[-1])
@@ -551,7 +683,7 @@ from torch import nn
 from sleepnb.callbacks import TrainingCallback
 from sleepnb.data.loaders import Stores, labelled_loaders, pretraining_loaders
 from sleepnb.data.splits import Split
-from sleepnb.learner import finetune_learner, mtssrl_learner, supervised_learner
+from sleepnb.learner import finetune_learner, mtssrl_learner, sleepsmc_learner, supervised_learner
 from sleepnb.models.network import Backbone, StageNetwork
 from sleepnb.ssrl.masking import BANDS, mask_band
 from sleepnb.ssrl.mtssrl import MTSSRL
@@ -618,10 +750,12 @@ class Rows(TrainingCallback):
         if self.training: self.passes[-1].append(self.x[0].tolist())
 
 def fit(what):
-    dls = (pretraining_loaders if what == 'mtssrl' else labelled_loaders)(stores, split, bs=4, mix='homogeneous' if what == 'mtssrl' else 'proportional')
+    dls = (pretraining_loaders if what == 'mtssrl' else labelled_loaders)(stores, split, bs=4, mix='homogeneous' if what == 'mtssrl' else 'proportional',
+                                                                          modalities=('EEG',) if what == 'sleepsmc' else None)
     torch.manual_seed(1)
     learn = dict(mtssrl=lambda: mtssrl_learner(dls, cbs=Rows()), supervised=lambda: supervised_learner(dls, cbs=Rows()),
-                 finetune=lambda: finetune_learner(dls, Backbone(montages), unfreeze=(1, 2, 3), cbs=Rows()))[what]()
+                 finetune=lambda: finetune_learner(dls, Backbone(montages), unfreeze=(1, 2, 3), cbs=Rows()),
+                 sleepsmc=lambda: sleepsmc_learner(dls, channel_mode='cam', cbs=Rows()))[what]()
     learn.recorder.add_time = False
     with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=MISSING), learn.no_bar(), learn.no_logging(): learn.fit(3)
     values = [list(v) for v in learn.recorder.values]
@@ -646,7 +780,7 @@ def work(rank, port):
     DistributedDL._broadcast = broadcast
     dist.init_process_group('gloo')
     made,facts = steps('stages', rank, 2) | steps('tasks', rank, 2), dict(rest=rest_of_a_pass())
-    for what in ('mtssrl', 'supervised', 'finetune'): facts[what],made[what] = fit(what)
+    for what in ('mtssrl', 'supervised', 'finetune', 'sleepsmc'): facts[what],made[what] = fit(what)
     save_file(made, f'{folder}/{rank}.safetensors', metadata=dict(facts=json.dumps(facts)))
     dist.barrier()
     dist.destroy_process_group()
@@ -691,7 +825,7 @@ def test_two_processes_are_one_of_twice_the_batch(together, what):
         assert one.abs().max() > .01
         for rank in '01': assert_close(together[rank].tensors[f'{what} {name}'], one, atol=1e-6, rtol=0)
 
-@pytest.mark.parametrize('what', ['mtssrl', 'supervised', 'finetune'])
+@pytest.mark.parametrize('what', ['mtssrl', 'supervised', 'finetune', 'sleepsmc'])
 def test_distrib_ctx_divides_batches_and_agrees(together, what):
     a,b = (together[rank] for rank in '01')
     assert_close(a.tensors[what], b.tensors[what], **EXACT)
