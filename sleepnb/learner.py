@@ -35,7 +35,7 @@ from .multimodal.sleepsmc import SleepSMC, SleepSMCLoss
 from .ssrl.mtssrl import MONITORS, MTSSRL, TASKS
 from .weights import load_weights, save_weights
 
-# %% ../nbs/530_learner.ipynb #d8f25fb2
+# %% ../nbs/530_learner.ipynb #bb54710a
 def _check_loaders(dls, labelled):
     maker = 'labelled_loaders' if labelled else 'pretraining_loaders'
     kind = getattr(getattr(dls, 'train', None), 'labelled', None)
@@ -75,7 +75,7 @@ def mtssrl_learner(
     lr:float=1e-3,
     wd:float=1e-2,                  # of AdamW; not of task variances
     seed:int=0,                     # of weights, order, augmentation and dropout
-    backbone:dict|None=None,        # further arguments of `Backbone`, e.g. `dict(cam=dict(drop_radius=.2))`
+    backbone:dict|None=None,        # further arguments of `Backbone`, e.g. `dict(cam=dict(drop_radius=.2))`; without `drop`, 0
     model:dict|None=None,           # further arguments of `MTSSRL`, e.g. `dict(pool='attention')`
     cbs=(),                         # more callbacks, or one
     **kwargs,                       # of `Learner`
@@ -83,6 +83,7 @@ def mtssrl_learner(
     "Pretrains an encoder by three tasks (MTSSRL-MD, first phase)."
     _check_loaders(dls, labelled=False)
     torch.manual_seed(seed)
+    if isinstance(encoder, str): backbone = dict(drop=0.) | (backbone or {})
     network = MTSSRL(Backbone(_montages(dls), encoder, align, **backbone or {}), tasks, weighting, **model or {})
     names = [*network.tasks, *(MONITORS[t] for t in network.tasks)]
     return Learner(dls, network, _total, _adamw, lr, _weights_then_variances, [Reproducible(seed), TaskRecord(), *_listed(cbs)],

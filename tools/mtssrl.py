@@ -42,25 +42,22 @@ from sleepnb.weights import load_weights
 
 OUT = Path(__file__).parent.parent/'nbs'/'artifacts'
 SUBJECTS,EPOCHS,LABELS,BATCH = 30, 480, .05, 100     # of a cohort; of a night, four hours; share; epochs
-STEPS,PASS_STEPS,PASSES = 520, 100, 12               # of pretraining; of a pass of fine-tuning; at most
-UNFREEZE,PATIENCE = (2, 4, 6), 4                     # passes
+STEPS,PASS_STEPS,PASSES = 520, 100, 8                # of pretraining; of a pass of fine-tuning; at most
+UNFREEZE,PATIENCE = (1, 2, 3), 4                     # passes
 COHORTS = { # channels and population, after the datasets of the paper
     'S': (('Fpz-Cz', 'Pz-Oz'), 'adult'),
     'I': (('F3-M2', 'F4-M1', 'C3-M2', 'C4-M1', 'O1-M2', 'O2-M1'), 'disordered'),
     'A': (('F3', 'F4', 'C3', 'C4', 'O1', 'O2', 'Fpz', 'Fz', 'Cz', 'Pz', 'Oz'), 'adult')}
 NAMES = {k: f'{k}-simulated' for k in COHORTS}
 TASKS = ('AUG', 'TS', 'FBM')
-DROPPED = dict(backbone=dict(drop=.5))                # as the table of the paper's encoder has it
-BEST = dict(lr=3e-3, backbone=dict(drop=0.))         # of pretraining: the best of the four arms that stand first
+DEFAULTS = dict(lr=1e-3, backbone=dict(drop=0.))     # of pretraining, as the arms that stand first decided
 ARMS = { # cohorts, arguments of the learner, targets
     'all': ('SIA', {}, 'SIA'),
-    'all, lr 1e-3': ('SIA', dict(lr=1e-3), ''),
-    'all, dropout': ('SIA', DROPPED, 'SIA'),
-    'all, dropout, lr 1e-3': ('SIA', DROPPED | dict(lr=1e-3), ''),
+    'all, lr 3e-3': ('SIA', dict(lr=3e-3), ''),
+    'all, dropout, lr 3e-3': ('SIA', dict(lr=3e-3, backbone=dict(drop=.5)), ''),
+    'equal': ('SIA', dict(weighting='equal'), 'SIA'),
     **{f'{t} only': ('SIA', dict(tasks=(t,), weighting='equal'), 'I') for t in TASKS},
-    'TS only, far': ('SIA', dict(tasks=('TS',), weighting='equal', far=120), 'I'),
-    'equal': ('SIA', dict(weighting='equal'), 'I'),
-    'uw_literal': ('SIA', dict(weighting='uw_literal'), 'I'),
+    'TS only, far': ('SIA', dict(tasks=('TS',), weighting='equal', far=120), ''),
     **{f'{c} alone': (c, {}, c) for c in COHORTS},
     'shared': ('SIA', dict(align='shared'), 'A'),
     'shared without A': ('SI', dict(align='shared'), 'A')}
@@ -84,7 +81,7 @@ def pretrain(work, arm):
     stores = stores_of(work, cohorts)
     draw = partial(draw_triplets, far=kwargs.get('far', 30))
     dls = pretraining_loaders(stores, holdout_split(stores.nights), draw, bs=BATCH)
-    learn = mtssrl_learner(dls, **BEST | {k: v for k,v in kwargs.items() if k != 'far'})
+    learn = mtssrl_learner(dls, **DEFAULTS | {k: v for k,v in kwargs.items() if k != 'far'})
     print(arm, len(dls.train), 'steps a pass', flush=True)
     with learn.no_bar(): learn.fit(round(STEPS / len(dls.train)), cbs=Checkpoint(work/f'pretraining {arm}.safetensors'))
     table = learn.task_record.table.assign(arm=arm)
@@ -220,19 +217,32 @@ def triplets():
             print(found[-1], flush=True)
     pd.DataFrame(found).round(4).to_csv(OUT/'mtssrl_triplets.csv', index=False)
 
+def merged(rows, name, keys):
+    "Adds rows to a file of an earlier computation; those of the same keys are replaced."
+    made,file = pd.concat(rows).round(4), OUT/f'mtssrl_{name}.csv'
+    if file.exists():
+        before = pd.read_csv(file, dtype=dict(subject=str, stages=str))
+        made = pd.concat([before, made]).drop_duplicates(keys, keep='last')
+    made.sort_values(keys).to_csv(file, index=False)
+
 def tables(work):
-    scores = []
+    scores,predictions = [],[]
     for file in sorted(work.glob('tuned *.csv')):
         *arm,target,lr,seed = file.stem.removeprefix('tuned ').split()
-        table = pd.read_csv(file, dtype=dict(subject=str))
+        table,key = pd.read_csv(file, dtype=dict(subject=str)), dict(target=target, arm=' '.join(arm), lr=float(lr), seed=int(seed))
         for part,rows in table.groupby('part'):
-            found = score_table(rows).loc['pooled', ['value', 'low', 'high']].reset_index()
-            scores.append(found.assign(arm=' '.join(arm), target=target, lr=float(lr), seed=int(seed), part=part,
-                                       subjects=rows.subject.nunique(), epochs=len(rows), passes=rows.passes.iloc[0]))
-    if scores: pd.concat(scores).round(4).to_csv(OUT/'mtssrl_scores.csv', index=False)
-    logs = [pd.read_csv(f) for f in sorted(work.glob('pretrained *.csv'))]
-    if logs: pd.concat(logs).round(4).to_csv(OUT/'mtssrl_pretraining.csv', index=False)
-    if (work/'probe.csv').exists(): pd.read_csv(work/'probe.csv').to_csv(OUT/'mtssrl_probe.csv', index=False)
+            found = score_table(rows).loc['pooled', 'value'].to_frame().T
+            scores.append(found.assign(**key, part=part, subjects=rows.subject.nunique(), epochs=len(rows), passes=rows.passes.iloc[0]))
+        for subject,rows in table[table.part == 'test'].sort_values('epoch').groupby('subject'):
+            digits = lambda column: ''.join(map(str, rows[column]))
+            for who,column in ((key, 'pred'), (dict(target=target, arm='scorer', lr=0., seed=0), 'stage')):
+                predictions.append(pd.DataFrame([dict(**who, subject=subject, stages=digits(column))]))
+    keys = ['target', 'arm', 'lr', 'seed']
+    if scores:
+        merged(scores, 'scores', [*keys, 'part'])
+        merged([pd.concat(predictions).drop_duplicates([*keys, 'subject'])], 'predictions', [*keys, 'subject'])
+    if logs := [pd.read_csv(f) for f in sorted(work.glob('pretrained *.csv'))]: merged(logs, 'pretraining', ['arm', 'pass', 'task'])
+    if (work/'probe.csv').exists(): merged([pd.read_csv(work/'probe.csv')], 'probe', ['arm', 'cohort', 'weights'])
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
