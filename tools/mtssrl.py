@@ -151,22 +151,20 @@ def within(x, y):
     for k in range(5): pred[fold == k] = classifier().fit(x[fold != k], y[fold != k]).predict(x[fold == k])
     return cohen_kappa_score(y, pred)
 
-NO_DROPOUT = dict(backbone=dict(drop=0.))
-REAL_ARMS = { # arguments of the learner
-    'all': {}, 'all, no dropout': NO_DROPOUT, 'all, equal, no dropout': dict(weighting='equal') | NO_DROPOUT,
-    **{f'{t} only{how}': dict(tasks=(t,), weighting='equal') | kwargs for t in TASKS
-       for how,kwargs in (('', {}), (', no dropout', NO_DROPOUT))}}
+REAL_ARMS = { # arguments of the learner, and seeds
+    'all': ({}, (0, 1, 2)), 'all, dropout': (dict(backbone=dict(drop=.5)), (0,)), 'equal': (dict(weighting='equal'), (0,)),
+    **{f'{t} only': (dict(tasks=(t,), weighting='equal'), (0,)) for t in TASKS}}
 
-def probe_real(work, seeds=(0, 1, 2)):
+def probe_real(work):
     "Ten passes over the real night without its labels; a probe within the night; and one that comes from simulated subjects."
     stores,rows = real_night(work)
     y,everything = stores.stages[rows], np.arange(len(stores))
     found = []
-    for arm,kwargs in REAL_ARMS.items():
-        for seed in seeds if arm in ('all', 'all, no dropout') else seeds[:1]:
+    for arm,(kwargs,seeds) in REAL_ARMS.items():
+        for seed in seeds:
             of = dict(bs=BATCH, labelled=False, draw=draw_triplets, seed=seed)
             dls = DataLoaders(*(EpochLoader(stores, everything, shuffle=s, **of) for s in (True, False)), device='cpu')
-            learn = mtssrl_learner(dls, seed=seed, **kwargs)
+            learn = mtssrl_learner(dls, seed=seed, **DEFAULTS | kwargs)
             before = within(tokens(learn.model.backbone, stores, rows), y)
             with learn.no_bar(): learn.fit(10, cbs=Checkpoint(work/f'real {arm} {seed}.safetensors'))
             after = within(tokens(learn.model.backbone, stores, rows), y)
@@ -187,7 +185,7 @@ def probe_real(work, seeds=(0, 1, 2)):
             kappas.append(cohen_kappa_score(y, classifier().fit(x, train.stage).predict(z)))
         found.append(dict(probe='from simulated subjects', arm=arm, seed=0, random=kappas[0], pretrained=kappas[1]))
         print(found[-1], flush=True)
-    pd.DataFrame(found).round(4).to_csv(OUT/'mtssrl_probe_real.csv', index=False)
+    merged([pd.DataFrame(found)], 'probe_real', ['probe', 'arm', 'seed'])
 
 def triplets():
     "How far band powers of real nights tell where a third epoch lies: SC401–404 teach, SC405–407 are asked; nobody is SC400."

@@ -1,0 +1,177 @@
+"""Trains SleepSMC and its ablations at `small` scale on simulated cohorts, and writes nbs/artifacts/sleepsmc_*.csv.
+
+    python tools/sleepsmc.py --work DIR train [ARM …] [--folds 0 1] [--seeds 0]     the arms of ARMS; by default all
+    python tools/sleepsmc.py --work DIR subsets                  all subsets of modalities, by the arms that stage with all
+    python tools/sleepsmc.py --work DIR real                     the real night in the folder that SLEEPNB_DATA names
+    python tools/sleepsmc.py --work DIR tables                   writes the files
+
+Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
+import argparse, os, sys
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # two trainings side by side on two cores are faster so
+KEEP = dict(MALLOC_MMAP_THRESHOLD_='4000000000', MALLOC_TRIM_THRESHOLD_='8000000000')
+if __name__ == '__main__' and sys.platform == 'linux' and not KEEP.keys() <= os.environ.keys():
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)   # steps that keep their memory take a third less time
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.torch_core import get_model
+from sklearn.metrics import cohen_kappa_score, f1_score
+
+from sleepnb.callbacks import Checkpoint, TrainingCallback
+from sleepnb.data.cohorts import sleep_edf
+from sleepnb.data.loaders import EpochLoader, Stores, labelled_loaders
+from sleepnb.data.psg import Night
+from sleepnb.data.simulated import simulate
+from sleepnb.data.splits import holdout_split, kfold_splits
+from sleepnb.data.store import Cohort, EpochStore, prepare
+from sleepnb.learner import load_learner, predict_stages, save_learner, score_subsets, sleepsmc_learner
+from sleepnb.montage import parse_channel
+from sleepnb.synth import synth_night
+from sleepnb.weights import load_weights
+
+OUT = Path(__file__).parent.parent/'nbs'/'artifacts'
+SUBJECTS,EPOCHS,BATCH,PASSES,FOLDS = 30, 480, 128, 10, 5      # of a night, four hours; of training: 67 steps each
+CHANNELS = ('F3-M2', 'F4-M1', 'C3-M2', 'C4-M1', 'O1-M2', 'O2-M1', 'E1-M2', 'E2-M1', 'Chin')
+MODALITIES = ('EEG', 'EOG', 'EMG')
+LOST = {1: ('E1-M2', 'E2-M1'), 2: ('Chin',)}                 # of every third night, in the cohort `gaps`
+ALONE = dict(uncertainty=False, contrast=False)              # FeatureNet: nothing is compared
+C,NEGATIVE,LOSS = dict(uncertainty=False), dict(loss=dict(score='negative')), dict(loss=dict(weight_mode='loss'))
+HIDE = dict(model=dict(hide=.3))
+ARMS = { # cohort, primary (`None`: all), further arguments of the learner
+    'FeatureNet': ('nine', 'EEG', ALONE), 'C': ('nine', 'EEG', C),            # these two learn the same for any primary
+    **{f'C+U {m}': ('nine', m, {}) for m in MODALITIES},
+    'FeatureNet all': ('nine', None, ALONE), 'C all': ('nine', None, C), 'C+U all': ('nine', None, {}),
+    'C+U all, hiding': ('nine', None, HIDE), 'C+U all, gaps': ('gaps', None, HIDE),
+    **{f'C+U {m}, loss': ('nine', m, LOSS) for m in MODALITIES}, **{f'C+U {m}, −r': ('nine', m, NEGATIVE) for m in MODALITIES},
+    'home all': ('home', None, HIDE)}
+
+def read_synth(row, gaps):
+    made = synth_night(CHANNELS, n_epochs=EPOCHS, subject=f'nine{row["subject"]}', population='disordered')
+    lost = LOST.get(int(row['subject']) % 3, ()) if gaps else ()
+    kept = [i for i,c in enumerate(CHANNELS) if c not in lost]
+    return Night([made.x[i] for i in kept], [100]*len(kept), [parse_channel(CHANNELS[i]) for i in kept], made.stages,
+                 missing=lost)
+
+def stores_of(work, cohort):
+    if cohort == 'home':    # written as files and read back, with the envelope that Sleep-EDF has for the chin
+        simulate('sleep-edf-20', work/'home files', subjects=20, nights=1, hours=8)
+        prepare(sleep_edf(work/'home files', '20', crop_wake_min=30), work/cohort, 'sleepsmc')
+    else:
+        nights = pd.DataFrame(dict(subject=[f'{i:02}' for i in range(SUBJECTS)], night=1))
+        prepare(Cohort(f'{cohort}-simulated', nights, CHANNELS, partial(read_synth, gaps=cohort == 'gaps')), work/cohort, 'sleepsmc')
+    return Stores([EpochStore(work/cohort)], in_memory=True)
+
+class KeepEach(TrainingCallback):
+    "The weights of the pass in which each modality stages the validation people best."
+    order = 61
+    def before_fit(self): self.best = {}
+    def after_epoch(self):
+        network = get_model(self.model)
+        for m in network.modalities:
+            made = predict_stages(self.learn, 'valid', (m,))
+            loss = -np.log(made.filter(like='p_').to_numpy()[np.arange(len(made)), made.stage].clip(1e-12)).mean()
+            rank = [float((made.pred == made.stage).mean()), -float(loss)]
+            if m not in self.best or rank > self.best[m]['rank']:
+                self.best[m] = dict(rank=rank, weights={k: v.detach().clone() for k,v in network.state_dict().items()})
+    def state(self): return self.best
+    def set_state(self, state): self.best = state
+
+def split_of(stores, cohort, fold): return holdout_split(stores.nights) if cohort == 'home' else kfold_splits(stores.nights, FOLDS)[fold]
+
+def loaders(stores, cohort, fold, seed):
+    return labelled_loaders(stores, split_of(stores, cohort, fold), bs=BATCH, modalities=MODALITIES, seed=seed)
+
+def train(work, arm, fold, seed):
+    cohort,primary,kwargs = ARMS[arm]
+    out = work/f'trained {arm} {fold} {seed}.csv'
+    if out.exists(): return
+    stores = stores_of(work, cohort)
+    dls = loaders(stores, cohort, fold, seed)
+    each = primary is not None and not kwargs.get('uncertainty', True)           # one training for all three
+    learn = sleepsmc_learner(dls, primary, seed=seed, cbs=[KeepEach()] if each else [], **kwargs)
+    print(arm, fold, seed, len(dls.train), 'steps a pass', flush=True)
+    with learn.no_bar(): learn.fit(PASSES, cbs=Checkpoint(out.with_suffix('.checkpoint')))
+    rows = []
+    for m in MODALITIES if each else [primary or 'all']:
+        if each: get_model(learn.model).load_state_dict(learn.keep_each.best[m]['weights'])
+        rows.append(predict_stages(learn, using=(m,) if each else None).assign(staged_by=m))
+    learn.modality_record.table.assign(arm=arm, fold=fold, seed=seed).to_csv(work/f'record {arm} {fold} {seed}.csv', index=False)
+    if not each: save_learner(learn, out.with_suffix('.safetensors'), arm=arm)
+    pd.concat(rows).round(5).to_csv(out, index=False)
+
+def staging(work, arm, fold=0, seed=0):
+    cohort = ARMS[arm][0]
+    return load_learner(work/f'trained {arm} {fold} {seed}.safetensors', loaders(stores_of(work, cohort), cohort, fold, seed))
+
+def subsets(work):
+    rows = []
+    for arm in ('C+U all', 'C+U all, hiding', 'C+U all, gaps'):
+        if not (work/f'trained {arm} 0 0.safetensors').exists(): continue
+        found = score_subsets(staging(work, arm))
+        found.columns = [f'{metric} {what}' for metric,what in found.columns]
+        rows.append(found.reset_index().assign(arm=arm))
+        print(rows[-1], flush=True)
+    pd.concat(rows).round(4).to_csv(OUT/'sleepsmc_subsets.csv', index=False)
+
+def real(work):
+    "SC4001E0 from half an hour before sleep to half an hour after, staged by networks that saw simulated nights only."
+    folder = Path(os.environ['SLEEPNB_DATA'])/'sleep-edf'/'sleep-cassette'
+    prepare(sleep_edf(folder, '20', crop_wake_min=30), work/'real', 'sleepsmc', progress=False)
+    stores,rows = Stores(work/'real', in_memory=True), []
+    scored = np.flatnonzero(stores.stages >= 0)
+    for file in sorted(work.glob('trained home all *.safetensors')):
+        network = load_weights(file)[0]
+        for using in [*((m,) for m in MODALITIES), MODALITIES]:
+            with torch.inference_mode():
+                logits = torch.cat([network.stage(b, using) for b,_ in EpochLoader(stores, scored, bs=256, modalities=MODALITIES)])
+            true,pred = stores.stages[scored], logits.argmax(-1).numpy()
+            rows.append(dict(arm='home all', seed=int(file.stem.split()[-1]), using='+'.join(using), epochs=len(true),
+                             kappa=cohen_kappa_score(true, pred), macro_f1=f1_score(true, pred, average='macro')))
+            print(rows[-1], flush=True)
+    pd.DataFrame(rows).round(4).to_csv(OUT/'sleepsmc_real.csv', index=False)
+
+def digits(codes): return ''.join('?' if c < 0 else str(c) for c in codes)
+
+def merged(rows, name, keys):
+    "Adds rows to a file of an earlier computation; those of the same keys are replaced."
+    made,file = pd.concat(rows).round(4), OUT/f'sleepsmc_{name}.csv'
+    if file.exists(): made = pd.concat([pd.read_csv(file, dtype=dict(subject=str, stages=str)), made]).drop_duplicates(keys, keep='last')
+    made.sort_values(keys).to_csv(file, index=False)
+
+def tables(work):
+    rows,records = [],[]
+    for file in sorted(work.glob('trained *.csv')):
+        *arm,fold,seed = file.stem.removeprefix('trained ').split()
+        key = dict(cohort=ARMS[' '.join(arm)][0], arm=' '.join(arm), fold=int(fold), seed=int(seed))
+        for (by,subject),night in pd.read_csv(file, dtype=dict(subject=str)).groupby(['staged_by', 'subject']):
+            night = night.sort_values(['night', 'epoch'])
+            rows.append(dict(**key, staged_by=by, subject=subject, stages=digits(night.pred)))
+            rows.append(dict(**key | dict(arm='scorer', seed=0), staged_by='scorer', subject=subject, stages=digits(night.stage)))
+        records.append(pd.read_csv(work/file.name.replace('trained', 'record', 1)))
+    if rows:
+        keys = ['cohort', 'arm', 'staged_by', 'fold', 'seed', 'subject']
+        merged([pd.DataFrame(rows).drop_duplicates(keys)], 'predictions', keys)
+        merged(records, 'records', ['arm', 'fold', 'seed', 'pass', 'modality'])
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--work', type=Path, required=True, help='folder for all that is computed')
+    parser.add_argument('part', choices=['train', 'subsets', 'real', 'tables'])
+    parser.add_argument('arms', nargs='*', help='; '.join(ARMS))
+    parser.add_argument('--folds', type=int, nargs='*', default=[0])
+    parser.add_argument('--seeds', type=int, nargs='*', default=[0])
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.part == 'train':
+        for seed in args.seeds:
+            for fold in args.folds:
+                for arm in args.arms or ARMS: train(args.work, arm, fold, seed)
+    if args.part == 'subsets': subsets(args.work)
+    if args.part == 'real': real(args.work)
+    if args.part == 'tables': tables(args.work)
+
+if __name__ == '__main__': main()
