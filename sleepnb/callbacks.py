@@ -142,7 +142,7 @@ class KeepBest(TrainingCallback):
     def state(self): return self.kept
     def set_state(self, state): self.kept = state
 
-# %% ../nbs/520_callbacks.ipynb #61329ce6
+# %% ../nbs/520_callbacks.ipynb #95be7c9b
 class TaskRecord(TrainingCallback):
     "Keeps task variances within bounds, and records what each task loses and weighs."
     order,in_lr_find = 40,True
@@ -154,7 +154,8 @@ class TaskRecord(TrainingCallback):
         if not self.training: return
         for k,v in self.pred.items(): # its sum, and the number of steps that have it: without a triplet there is no accuracy
             absent = v.isnan() if ' ' in k else torch.zeros_like(v, dtype=torch.bool) # a loss of nan has to be seen
-            self.sums[k] = self.sums.get(k, 0) + torch.stack([v.detach().masked_fill(absent, 0), 1. - absent.float()])
+            added = torch.stack([v.detach().masked_fill(absent, 0), 1. - absent.float()])
+            self.sums[k] = added + (self.sums[k].to(added) if k in self.sums else 0)  # a checkpoint's sums are on the CPU
 
     def after_train(self):
         if not self.sums: return

@@ -226,7 +226,7 @@ def sleepsmc_learner(
     cbs = [Reproducible(seed), KeepBest('accuracy', patience, tie='valid_loss'), ModalityRecord(), *_listed(cbs)]
     return _sleepsmc(dls, network, dict(uncertainty=uncertainty, contrast=contrast) | (loss or {}), cbs, lr=lr, **kwargs)
 
-# %% ../nbs/530_learner.ipynb #951feb9b
+# %% ../nbs/530_learner.ipynb #5e823534
 @contextmanager
 def _only(network, using): # modalities
     if using is None: yield
@@ -241,6 +241,7 @@ def predict_stages(
     using:tuple[str, ...]|None=None, # of a `SleepSMC`: modalities; by default its primary, or all
 )->pd.DataFrame:         # per scored epoch: cohort, subject, night, epoch, stage, pred, p_W … p_R
     "Stages every scored epoch of a part of the split."
+    _check_loaders(learn.dls, labelled=True)
     epochs,network = rows_of(learn.dls.train.stores, learn.dls.split, part), get_model(learn.model)
     if using is not None and not isinstance(network, SleepSMC):
         raise SleepnbError('the network has no modalities to choose from', found=type(network).__name__)

@@ -41,7 +41,7 @@ from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
 
 OUT = Path(__file__).parent.parent/'nbs'/'artifacts'
-SUBJECTS,EPOCHS,LABELS,BATCH = 30, 480, .05, 100     # of a cohort; of a night, four hours; share; epochs
+SUBJECTS,EPOCHS,BATCH = 30, 480, 100                 # of a cohort; of a night, four hours; epochs
 STEPS,PASS_STEPS,PASSES = 520, 100, 8                # of pretraining; of a pass of fine-tuning; at most
 UNFREEZE,PATIENCE = (1, 2, 3), 4                     # passes
 COHORTS = { # channels and population, after the datasets of the paper
@@ -90,17 +90,17 @@ def pretrain(work, arm):
     table.to_csv(out.with_suffix('.csv'), index=False)
     save_learner(learn, out, arm=arm)
 
-def finetune(work, arm, target, lr, seed=0):
-    out = work/f'tuned {arm} {target} {lr:g} {seed}.csv'
+def finetune(work, arm, target, labels, lr, seed=0):
+    out = work/f'tuned {arm} {target} {labels:g} {lr:g} {seed}.csv'
     if out.exists(): return
     stores = stores_of(work, target)
-    dls = labelled_loaders(stores, holdout_split(stores.nights), labels=LABELS, bs=BATCH, min_steps=PASS_STEPS, seed=seed)
+    dls = labelled_loaders(stores, holdout_split(stores.nights), labels=labels, bs=BATCH, min_steps=PASS_STEPS, seed=seed)
     if arm in SCRATCH: learn = supervised_learner(dls, lr=lr, patience=PATIENCE, seed=seed, backbone=SCRATCH[arm])
     else:
         heads_of = {NAMES[target]: NAMES[target]} if target in ARMS[arm][0] else None
         learn = finetune_learner(dls, work/f'pretrained {arm}.safetensors', lr=lr, unfreeze=UNFREEZE, patience=PATIENCE,
                                  heads_of=heads_of, seed=seed)
-    print(arm, target, lr, len(dls.train.rows), 'labels', flush=True)
+    print(arm, target, labels, lr, len(dls.train.rows), 'labels', flush=True)
     with learn.no_bar(): learn.fit(PASSES, cbs=Checkpoint(out.with_suffix('.safetensors')))
     best = pd.DataFrame(list(learn.recorder.values), columns=learn.recorder.metric_names[1:-1])
     rows = {p: predict_stages(learn, p).assign(part=p) for p in ('valid', 'test')}
@@ -226,16 +226,17 @@ def merged(rows, name, keys):
 def tables(work):
     scores,predictions = [],[]
     for file in sorted(work.glob('tuned *.csv')):
-        *arm,target,lr,seed = file.stem.removeprefix('tuned ').split()
-        table,key = pd.read_csv(file, dtype=dict(subject=str)), dict(target=target, arm=' '.join(arm), lr=float(lr), seed=int(seed))
+        *arm,target,labels,lr,seed = file.stem.removeprefix('tuned ').split()
+        table = pd.read_csv(file, dtype=dict(subject=str))
+        key = dict(target=target, labels=float(labels), arm=' '.join(arm), lr=float(lr), seed=int(seed))
         for part,rows in table.groupby('part'):
             found = score_table(rows).loc['pooled', 'value'].to_frame().T
             scores.append(found.assign(**key, part=part, subjects=rows.subject.nunique(), epochs=len(rows), passes=rows.passes.iloc[0]))
         for subject,rows in table[table.part == 'test'].sort_values('epoch').groupby('subject'):
             digits = lambda column: ''.join(map(str, rows[column]))
-            for who,column in ((key, 'pred'), (dict(target=target, arm='scorer', lr=0., seed=0), 'stage')):
+            for who,column in ((key, 'pred'), (dict(target=target, labels=1., arm='scorer', lr=0., seed=0), 'stage')):
                 predictions.append(pd.DataFrame([dict(**who, subject=subject, stages=digits(column))]))
-    keys = ['target', 'arm', 'lr', 'seed']
+    keys = ['target', 'labels', 'arm', 'lr', 'seed']
     if scores:
         merged(scores, 'scores', [*keys, 'part'])
         merged([pd.concat(predictions).drop_duplicates([*keys, 'subject'])], 'predictions', [*keys, 'subject'])
@@ -248,6 +249,7 @@ def main():
     parser.add_argument('part', choices=['pretrain', 'finetune', 'probe', 'real', 'triplets', 'tables'])
     parser.add_argument('arms', nargs='*', help='; '.join([*SCRATCH, *ARMS]))
     parser.add_argument('--targets', default='SIA')
+    parser.add_argument('--labels', type=float, default=.05, help='share of the training epochs')
     args = parser.parse_args()
     if args.part == 'pretrain':
         for arm in args.arms or ARMS: pretrain(args.work, arm)
@@ -255,7 +257,7 @@ def main():
         for arm in args.arms or [*SCRATCH, *ARMS]:
             for target in ('SIA' if arm in SCRATCH else ARMS[arm][2]):
                 if target in args.targets:
-                    for lr in RATES: finetune(args.work, arm, target, lr)
+                    for lr in RATES: finetune(args.work, arm, target, args.labels, lr)
     if args.part == 'probe': probe(args.work)
     if args.part == 'real': probe_real(args.work)
     if args.part == 'triplets': triplets()
