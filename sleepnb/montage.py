@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAP_RADIUS', 'SYNONYMS', 'POSITIONS', 'ALIASES', 'AASM', 'project', 'Channel', 'parse_channel', 'plot_montage',
-           'Derivation', 'ResolvedMontage', 'resolve_montage']
+           'Derivation', 'ResolvedMontage', 'resolve_montage', 'staging_channels']
 
 # %% ../nbs/010_montage.ipynb #5d9017e2
 import csv
@@ -385,3 +385,15 @@ def resolve_montage(
     used = {i for d in derivations for i in d.terms}
     unused = {i: refused.get(i, 'not asked for') for i in range(len(channels)) if i not in used}
     return ResolvedMontage(derivations, channels, unused)
+
+# %% ../nbs/010_montage.ipynb #56497f73
+def staging_channels(
+    recorded:list[str],               # the names in a recording, any spelling
+    aliases:dict[str, str]|None=None, # this recording's own names → what they are
+)->tuple[str, ...]:                   # names to ask `resolve_montage` for; none if there is no such channel
+    "The EEG, eye and chin channels that a recording has."
+    found = [parse_channel(n, aliases) for n in recorded if n.strip()]
+    eeg = [c.name for c in found if c.position and c.site not in ('M1', 'M2')]
+    eyes = [c.name for c in found if c.site in ('E1', 'E2', 'HEOG', 'VEOG', 'EOG')]
+    chin = ['Chin'] if any(c.site.startswith(('Chin', 'EMG')) and c.modality is Modality.EMG for c in found) else []
+    return tuple(dict.fromkeys(eeg + eyes + chin))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'AMPLITUDES', 'sample_files', 'Recording', 'open_recording', 'Hypnogram', 'stage_of_word', 'read_hypnogram',
-           'align', 'counts_as_text', 'Night', 'read_night']
+           'align', 'counts_as_text', 'Night', 'read_night', 'named_after', 'find_hypnogram', 'describe']
 
-# %% ../../nbs/100_data.psg.ipynb #980d5204
+# %% ../../nbs/100_data.psg.ipynb #b830aed2
 import csv
 import re
 import warnings
@@ -20,7 +20,7 @@ import numpy as np
 from edfio import read_bdf, read_edf
 
 from ..core import EPOCH_SEC, UNSCORED, HypnogramError, Modality, RecordingError, Stage
-from ..montage import Channel, parse_channel, resolve_montage
+from ..montage import Channel, parse_channel, resolve_montage, staging_channels
 
 # %% ../../nbs/100_data.psg.ipynb #0efb1a64
 def sample_files()->tuple[Path, Path]: # recording, hypnogram
@@ -771,3 +771,68 @@ def _stages(recording, hypnogram, **how):
         return stages, first, [*found.notes, *notes]
     n = int((recording.duration + 1e-3) // EPOCH_SEC)
     return np.full(n, UNSCORED, np.int8), 0., ['there is no hypnogram']
+
+# %% ../../nbs/100_data.psg.ipynb #56ffc0de
+def named_after(
+    path:str|Path,      # may be a hypnogram
+    recording:str|Path,
+)->int:                 # letters that its name takes from the recording's; 0 if it is not named after it
+    "Does a file's name begin with that of a recording?"
+    path,stem = Path(path), re.sub(r'[\s_.-]*(psg|eeg)$', '', Path(recording).stem, flags=re.I)
+    return len(stem) if re.match(re.escape(stem) + r'(?![A-Za-z0-9])', path.name, re.I) else 0
+
+def _may_be_hypnogram(path:Path)->bool: # a text that is no other table of BIDS, or an EDF file without signals
+    if path.suffix.casefold() == '.edf':
+        try: return not open_recording(path).names
+        except RecordingError: return False
+    return _is_text(path) and not re.search(r'_(channels|electrodes|scans|sessions)\.tsv$', path.name)
+
+def find_hypnogram(
+    recording:str|Path,
+)->Path|None:
+    """The file beside a recording that holds its stages by its name; `None` if there is none.
+
+    Raises `HypnogramError` when several could be meant."""
+    recording = Path(recording).expanduser()
+    cassette = re.match(r'S[CT]4\d{3}(?=[A-Z]\d-PSG)', recording.name)               # SC4001E0-PSG, SC4001EC-Hypnogram
+    def fits(name): return cassette and name.startswith(cassette[0]) and 'Hypnogram' in name or named_after(name, recording)
+    found = [p for p in sorted(recording.parent.iterdir()) if p != recording and fits(p.name) and _may_be_hypnogram(p)]
+    found = [p for p in found if 'hypno' in p.name.casefold()] or found
+    if len(found) > 1:
+        raise HypnogramError('several files could be the hypnogram', where=recording, expected='one',
+                             found=', '.join(p.name for p in found))
+    return found[0] if found else None
+
+# %% ../../nbs/100_data.psg.ipynb #8ea1b6b6
+def _found_stages(recording, path, notes):
+    "What `describe` says of the stages; what is wrong with them goes into the notes."
+    try:
+        beside = find_hypnogram(path)
+        stages,_,more = _stages(recording, beside, vocabulary=None, column=None, epoch_sec=EPOCH_SEC)
+    except HypnogramError as error: more,stages = [str(error)], np.array([UNSCORED])
+    notes += more
+    if (stages < 0).all(): return None
+    counts = {s.label: int((stages == s).sum()) for s in Stage} | dict(unscored=int((stages < 0).sum()))
+    return dict(file=str(beside or path), epochs=len(stages), stages=counts)
+
+def describe(
+    path:str|Path, # a recording
+)->dict:           # file, start, duration_s, channels, hypnogram, notes; what JSON can hold
+    """What a recording holds, and what staging would use of it.
+
+    Raises `RecordingError` when it cannot be opened."""
+    recording = open_recording(path)
+    if not recording.names:
+        raise RecordingError('this file holds no signals', where=recording.where, expected='a recording',
+                             remedy='Hypnograms are found by the name of their recording.')
+    notes,wanted = list(recording.notes), staging_channels(recording.names)
+    found = resolve_montage(recording.names, wanted) if wanted else None
+    channels = []
+    for i,(name,fs) in enumerate(zip(recording.names, recording.fs)):
+        c = found.recorded[i] if found else parse_channel(name) if name.strip() else Channel(name, '', None, Modality.OTHER)
+        reason = found.unused.get(i, '') if found else 'not EEG, eye or chin by its name'
+        channels.append(dict(recorded=name, canonical=None if c.modality is Modality.OTHER else c.name, modality=str(c.modality),
+                             sfreq=fs, used=not reason, reason=reason.replace('not asked for', 'staging does not need it')))
+    hypnogram = _found_stages(recording, path, notes)
+    return dict(file=str(path), start=recording.start and recording.start.isoformat(), duration_s=recording.duration,
+                channels=channels, hypnogram=hypnogram, notes=notes)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENSORS', 'ENVELOPE_GAIN', 'DATASETS', 'FORMAT', 'Trace', 'Files', 'Dataset', 'simulate']
 
-# %% ../../nbs/160_data.simulated.ipynb #389b6f3e
+# %% ../../nbs/160_data.simulated.ipynb #7b58dbaf
 import hashlib
 import json
 import os
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..core import EPOCH_SEC, RecordingError, SleepnbError, Stage, rng
-from .cohorts import COHORTS, SIMULATED
+from .cohorts import COHORTS, SHORT_NAMES, SIMULATED
 from .psg import open_recording
 from .store import Cohort
 from ..synth import synth_hypnogram, synth_night
@@ -383,9 +383,7 @@ def _sweep(
         except ProcessLookupError: temporary.unlink(missing_ok=True)
         except (PermissionError, ValueError): pass      # it lives, and is somebody else's; or the file is not ours
 
-# %% ../../nbs/160_data.simulated.ipynb #6a3446fc
-_SHORT = {'sleep-edf': 'sleep-edf-78', 'isruc': 'isruc-s1', 'mass-ss3': 'mass'}
-
+# %% ../../nbs/160_data.simulated.ipynb #f3b7daf3
 def _is_number(x)->bool: return isinstance(x, Integral) and not isinstance(x, bool) # numpy's, too; True is none
 
 def _nights_of(
@@ -433,7 +431,7 @@ def simulate(
     """Writes a cohort of simulated nights in the layout of its dataset.
 
     Raises `SleepnbError` for an unknown cohort, subject or length, or a folder that holds anything else."""
-    name = _SHORT.get(cohort, cohort)
+    name = SHORT_NAMES.get(cohort, cohort)
     if name not in DATASETS:
         raise SleepnbError('this cohort cannot be simulated', found=repr(cohort), expected=', '.join(DATASETS))
     if not .1 <= hours <= 24:

@@ -105,7 +105,7 @@ def _quantise(
     made['x'] = np.round(x / made['step'][..., None])
     return made
 
-# %% ../../nbs/120_data.store.ipynb #83a073f9
+# %% ../../nbs/120_data.store.ipynb #ffd4d99b
 def _sync(
     folder:Path,
 ):
@@ -121,11 +121,13 @@ def _write(
 ):
     "Writes a file so that it is there whole or not at all."
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    with temporary.open('wb') as f:
-        save(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open('wb') as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)                   # after an error or Ctrl-C
     _sync(path.parent)
 
 def _write_json(path:Path, content:dict): _write(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
