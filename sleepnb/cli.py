@@ -213,16 +213,18 @@ def prepare(
     for night,why in made.failed.items(): _say(f'{night} failed: {why}')
     if made.failed: raise typer.Exit(1)
 
-# %% ../nbs/640_cli.ipynb #80638871
+# %% ../nbs/640_cli.ipynb #4504ca4a
 _out = typer.Option('--out', metavar='WEIGHTS', help='Where the weights go: a .safetensors file.')
 _split = typer.Option('--split', metavar='FILE', help='A file that Split.save wrote: who trains, validates and is tested.')
 _passes = typer.Option('--passes', metavar='N', min=1, help='Times through the training data.')
 _lr = typer.Option('--lr', metavar='RATE', min=0, help='Learning rate.')
-_seed = typer.Option('--seed', metavar='N', help='Of weights, order, labels and dropout.')
+_seed = typer.Option('--seed', metavar='N', help='Another seed: other weights, order, labels and dropout.')
 _device = typer.Option('--device', metavar='NAME', help='cpu, cuda, cuda:1 or mps. Default: the graphics card, if '
                                                          'there is one.')
+_at_most = typer.Option('--passes', metavar='N', min=1, help='Times through the training data, at most: training ends when the '
+                        'validation subjects have not gained for a third of them.')
 _steps = typer.Option('--steps', metavar='N', min=1, help='A pass has at least so many; few labels are gone through again.')
-_labels = typer.Option('--labels', metavar='SHARE', help='Share of the training labels to use: 0.05 is 5 %.')
+_labels = typer.Option('--labels', metavar='SHARE', help='Share of the training labels to use; 0.05 is 5 %.')
 
 def _checked_device(name):
     if name is None: return None
@@ -243,7 +245,7 @@ def _train(learn, passes, out, what, **notes):
     with learn.no_bar(), learn.no_logging(): trained = fit_to_file(learn, passes, out, cbs=TerminalProgress(title), **notes)
     typer.echo(f'{out}: {"the weights are there" if trained else "the weights of this training were there already"}')
 
-# %% ../nbs/640_cli.ipynb #1e145309
+# %% ../nbs/640_cli.ipynb #d3e54d6e
 @app.command(epilog='''\b
 Examples:
   sleepnb pretrain stores/sleep-edf stores/isruc stores/anphy --out pretrained.safetensors
@@ -265,13 +267,13 @@ def pretrain(
     Without --split, a fifth of each cohort's subjects is kept for testing, and a fifth of the others for validation. The split
     and the subjects seen are written into the weights, from which finetune and evaluate take them.
 
-    An interrupted training goes on from WEIGHTS.checkpoint.safetensors when the same command is given again."""
+    An interrupted training goes on from the checkpoint beside WEIGHTS when the same command is given again."""
     from sleepnb.data.loaders import pretraining_loaders
     from sleepnb.learner import mtssrl_learner
     dls = pretraining_loaders(stores, split, seed=seed, device=_checked_device(device))
     _train(mtssrl_learner(dls, lr=lr, seed=seed), passes, out, 'pretraining')
 
-# %% ../nbs/640_cli.ipynb #4045a204
+# %% ../nbs/640_cli.ipynb #7e0b5135
 def _inherited(weights, store): # the split of the weights, if it knows this cohort
     from sleepnb.learner import saved_split
     split = saved_split(weights)
@@ -304,9 +306,9 @@ def finetune(
     out:Annotated[Path, _out],
     labels:Annotated[float, _labels]=1,
     split:Annotated[Path|None, _split]=None,
-    heads_of:Annotated[str|None, typer.Option(metavar='COHORT', help='For a cohort that took no part in pretraining: whose '
-                                                                     'alignment to use.')]=None,
-    passes:Annotated[int, _passes]=12,
+    heads_of:Annotated[str|None, typer.Option(metavar='COHORT', help='For a cohort that took no part in pretraining: one that did, '
+        'whose alignment to use; best that of the montage most like it.')]=None,
+    passes:Annotated[int, _at_most]=12,
     steps:Annotated[int, _steps]=100,
     lr:Annotated[float, _lr]=1e-3,
     seed:Annotated[int, _seed]=0,
@@ -315,7 +317,9 @@ def finetune(
     """Fine-tune a pretrained encoder to stages.
 
     A twentieth of the labels may do. The split is that of the weights; a cohort that they do not know gets a new one. Subjects
-    on whom the weights were trained are never validated or tested on. The weights of the best pass are kept."""
+    on whom the weights were trained are never validated or tested on.
+
+    Layers are freed after a sixth, a third and half of the passes. The weights of the best pass are kept."""
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.data.store import EpochStore
     from sleepnb.learner import finetune_learner
@@ -325,9 +329,9 @@ def finetune(
     dls = labelled_loaders(store, split, labels, min_steps=steps, seed=seed, device=_checked_device(device))
     learn = finetune_learner(dls, weights, lr=lr, unfreeze=[round(passes*k/6) for k in (1, 2, 3)], patience=max(1, passes//3),
                              heads_of=heads, seed=seed)
-    _train(learn, passes, out, 'fine-tuning', labels=labels, pretrained=str(weights))
+    _train(learn, passes, out, 'fine-tuning', labels=labels, pretrained=weights.name)
 
-# %% ../nbs/640_cli.ipynb #139ec657
+# %% ../nbs/640_cli.ipynb #e28b7d8a
 train = typer.Typer(**_plain)
 app.add_typer(train, name='train', help='Train a system from random weights.')
 
@@ -339,15 +343,16 @@ def supervised(
     out:Annotated[Path, _out],
     labels:Annotated[float, _labels]=1,
     split:Annotated[Path|None, _split]=None,
-    passes:Annotated[int, _passes]=12,
+    passes:Annotated[int, _at_most]=12,
     steps:Annotated[int, _steps]=100,
     lr:Annotated[float, _lr]=1e-3,
     seed:Annotated[int, _seed]=0,
     device:Annotated[str|None, _device]=None,
 ):
-    """The rival of every pretraining: the same network, on the same labels, from random weights.
+    """The network of finetune, from random weights.
 
-    Without --split, subjects are divided as pretrain divides them. The weights of the best pass are kept."""
+    It is the rival of every pretraining. Without --split, subjects are divided as pretrain divides them. The weights
+    of the best pass are kept."""
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.learner import supervised_learner
     dls = labelled_loaders(store, split, labels, min_steps=steps, seed=seed, device=_checked_device(device))

@@ -13,6 +13,7 @@ from sklearn.metrics import cohen_kappa_score, confusion_matrix, f1_score
 
 import sleepnb
 from sleepnb import cli
+from sleepnb.callbacks import TerminalProgress
 from sleepnb.core import RecordingError, Stage
 from sleepnb.data.loaders import labelled_loaders
 from sleepnb.data.psg import describe, find_hypnogram, sample_files
@@ -256,32 +257,34 @@ def test_a_terminal_has_a_bar_and_a_file_has_none(cassette, tmp_path, monkeypatc
     monkeypatch.setattr(Stream, 'isatty', lambda self: True)
     assert '2/2' in call('pretrain', cassette, '--out', tmp_path/'b.safetensors', '--passes', 2).stderr
 
-def start_pretraining(cassette, out, passes):
-    return subprocess.Popen([SLEEPNB, 'pretrain', cassette, '--out', out, '--passes', str(passes)], stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {'OMP_NUM_THREADS': '1'})
-
-def test_a_training_survives_ctrl_c_and_a_kill(cassette, tmp_path):
+def test_a_training_survives_ctrl_c_and_a_kill(cassette, tmp_path, monkeypatch):
     "Interrupted after a pass, killed after the next, finished by the third call: as if nothing had happened."
-    out,passes = tmp_path/'cut.safetensors', 3
+    command = ['pretrain', str(cassette), '--passes', '3', '--out', str(out := tmp_path/'cut.safetensors')]
     checkpoint = out.with_suffix('.checkpoint.safetensors')
-    for row,how in ((1, signal.SIGINT), (2, signal.SIGKILL)):
-        process = start_pretraining(cassette, out, passes)
-        while not (line := process.stderr.readline()).startswith(f'{row:6}'): assert line, 'it ended early'
-        process.send_signal(how)
-        rest = process.stderr.read().splitlines()
-        if how == signal.SIGINT:
-            assert (process.wait(), rest) == (130, ['sleepnb: interrupted. The same command, given again, goes on.'])
-        else: assert (process.wait(), rest) == (-signal.SIGKILL, [])
-        assert {p.name for p in tmp_path.iterdir() if p.suffix != '.tmp'} == {checkpoint.name}
-        assert dict(read_description(checkpoint)['state']['dict'])['pass'] >= row
-    threads = torch.get_num_threads()
+    def state(): return dict(read_description(checkpoint)['state']['dict'])
+    after_epoch,threads = TerminalProgress.after_epoch, torch.get_num_threads()
+    def press_ctrl_c(self):
+        after_epoch(self)
+        signal.raise_signal(signal.SIGINT)
     torch.set_num_threads(1)
-    try: done,whole = (call('pretrain', cassette, '--out', o, '--passes', passes) for o in (out, tmp_path/'whole.safetensors'))
-    finally: torch.set_num_threads(threads)
+    with monkeypatch.context() as patch:
+        patch.setattr(TerminalProgress, 'after_epoch', press_ctrl_c)
+        done = call(*command)
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == 'sleepnb: interrupted. The same command, given again, goes on.'
+    assert [*tmp_path.iterdir()] == [checkpoint] and state()['pass'] == 1
+
+    process = subprocess.Popen([SLEEPNB, *command], stderr=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    while not (line := process.stderr.readline()).startswith('     2 '): assert line, 'it ended early'
+    process.kill()
+    assert (process.wait(), process.stderr.read()) == (-signal.SIGKILL, '')
+    assert not out.exists() and state()['pass'] == 2
+
+    done,whole = call(*command), call(*command[:-1], tmp_path/'whole.safetensors')
+    torch.set_num_threads(threads)
     assert done.returncode == whole.returncode == 0
     assert {p.name for p in tmp_path.iterdir()} == {'cut.safetensors', 'whole.safetensors'}
     table = [r.split()[:-1] for r in done.stderr.splitlines()]         # without the time
-    assert table == [r.split()[:-1] for r in whole.stderr.splitlines()] and len(table) == 4 + passes
+    assert table == [r.split()[:-1] for r in whole.stderr.splitlines()] and len(table) == 7
     a,b = (load_weights(tmp_path/f'{n}.safetensors')[0].state_dict() for n in ('cut', 'whole'))
     assert all(torch.equal(a[k], b[k]) for k in b)
 
