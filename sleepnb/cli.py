@@ -20,7 +20,7 @@ import typer
 from . import __version__
 from .core import SleepnbError, Stage, WeightsError
 
-# %% ../nbs/640_cli.ipynb #fee8f37f
+# %% ../nbs/640_cli.ipynb #49bf2fa1
 _plain = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
               context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 100})
 app = typer.Typer(**_plain, help='Sleep staging with any montage. For research, not a medical device.', epilog='''\b
@@ -31,7 +31,8 @@ From recordings to scores:
   sleepnb finetune stores/sleep-edf --weights pretrained.safetensors --labels 0.05 --out stager.safetensors
   sleepnb evaluate stores/sleep-edf --weights stager.safetensors
 
-Each command explains itself: sleepnb prepare --help. One that was interrupted goes on when it is given again. SLEEPNB_DEBUG=1 shows where an error came from.''')
+Each command explains itself: sleepnb prepare --help. One that was interrupted goes on when it is given again.
+SLEEPNB_DEBUG=1 shows where an error came from.''')
 
 def _version(
     wanted:bool, # was `--version` given?
@@ -273,7 +274,7 @@ def pretrain(
     dls = pretraining_loaders(stores, split, seed=seed, device=_checked_device(device))
     _train(mtssrl_learner(dls, lr=lr, seed=seed), passes, out, 'pretraining')
 
-# %% ../nbs/640_cli.ipynb #7e0b5135
+# %% ../nbs/640_cli.ipynb #bf2eca6e
 def _inherited(weights, store): # the split of the weights, if it knows this cohort
     from sleepnb.learner import saved_split
     split = saved_split(weights)
@@ -306,8 +307,8 @@ def finetune(
     out:Annotated[Path, _out],
     labels:Annotated[float, _labels]=1,
     split:Annotated[Path|None, _split]=None,
-    heads_of:Annotated[str|None, typer.Option(metavar='COHORT', help='For a cohort that took no part in pretraining: one that did, '
-        'whose alignment to use; best that of the montage most like it.')]=None,
+    heads_of:Annotated[str|None, typer.Option(metavar='COHORT', help='For a cohort that took no part in pretraining: one '
+        'that did, whose alignment to use; best that of the montage most like it.')]=None,
     passes:Annotated[int, _at_most]=12,
     steps:Annotated[int, _steps]=100,
     lr:Annotated[float, _lr]=1e-3,
@@ -361,7 +362,7 @@ def supervised(
 @train.callback()
 def _train_options(): pass # so that the one system there is has a name
 
-# %% ../nbs/640_cli.ipynb #c671ab45
+# %% ../nbs/640_cli.ipynb #fd29f996
 _SCORES = dict(kappa='κ', macro_f1='macro-F1', accuracy='accuracy', balanced_accuracy='balanced accuracy') \
     | {f'f1_{s.label}': f'F1 of {s.label}' for s in Stage}
 
@@ -393,7 +394,8 @@ def _as_text(found):
     rows = [[name, *_cells(pooled[k]), *_cells(nights[k])] for k,name in _SCORES.items()]
     stages = [s.label for s in Stage]
     conf = [[f'scored {s}', *map(str, row)] for s,row in zip(stages, found['confusion'])]
-    return '\n'.join([', '.join(_count(found[k], k[:-1]) for k in ('subjects', 'nights', 'epochs')) + f' (split {found["split"]})',
+    tested = ', '.join(_count(found[k], k[:-1]) for k in ('subjects', 'nights', 'epochs'))
+    return '\n'.join([f'{tested} (split {found["split"]})',
                       _table([['', 'all epochs', '95 %', 'mean of nights', '95 %'], *rows], right=True), '',
                       _table([['', *(f'as {s}' for s in stages)], *conf], right=True)])
 

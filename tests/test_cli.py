@@ -201,6 +201,21 @@ def test_a_bad_night_does_not_stop_the_others(work, tmp_path):
     assert (done.returncode, done.stderr) == (0, '') and '5 nights of 5 subjects' in done.stdout
     assert all(p.stat().st_mtime_ns == t for p,t in made.items()) and len(made) == 4
 
+def test_ctrl_c_leaves_no_half_of_a_night(work, tmp_path, monkeypatch):
+    command,save,nights = ('prepare', 'isruc-s3', work/'isruc-s3', '--store', tmp_path/'store'), np.save, []
+    def interrupted(f, x):
+        nights.append(x)
+        if len(nights) > 2:
+            f.write(b'half')
+            raise KeyboardInterrupt
+        save(f, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, 'save', interrupted)
+        done = call(*command)
+    assert done.returncode == 130 and done.stderr.splitlines() == ['sleepnb: interrupted. The same command, given again, goes on.']
+    assert sorted(p.suffix for p in (tmp_path/'store').rglob('*') if p.is_file()) == ['.json']*3 + ['.npy']*2   # and a manifest
+    assert '5 nights of 5 subjects' in call(*command).stdout
+
 def test_a_folder_of_ones_own(tmp_path):
     for seed,who in enumerate(('anna-1', 'anna-2', 'bo-1')):
         write_edf(tmp_path/'mine'/f'{who}.edf', seed=seed)
@@ -287,6 +302,10 @@ def test_a_training_survives_ctrl_c_and_a_kill(cassette, tmp_path, monkeypatch):
     assert table == [r.split()[:-1] for r in whole.stderr.splitlines()] and len(table) == 7
     a,b = (load_weights(tmp_path/f'{n}.safetensors')[0].state_dict() for n in ('cut', 'whole'))
     assert all(torch.equal(a[k], b[k]) for k in b)
+
+def test_a_training_that_diverges_leaves_no_weights(cassette, tmp_path):
+    done = call('train', 'supervised', cassette, '--out', tmp_path/'x.safetensors', '--lr', '1e30', '--passes', 1, '--steps', 2)
+    assert done.returncode == 2 and 'the training diverged' in done.stderr.splitlines()[-1] and not [*tmp_path.iterdir()]
 
 # evaluate
 

@@ -803,7 +803,7 @@ def find_hypnogram(
                              found=', '.join(p.name for p in found))
     return found[0] if found else None
 
-# %% ../../nbs/100_data.psg.ipynb #8ea1b6b6
+# %% ../../nbs/100_data.psg.ipynb #cc1a3d20
 def _found_stages(recording, path, notes):
     "What `describe` says of the stages; what is wrong with them goes into the notes."
     try:
@@ -831,8 +831,9 @@ def describe(
     for i,(name,fs) in enumerate(zip(recording.names, recording.fs)):
         c = found.recorded[i] if found else parse_channel(name) if name.strip() else Channel(name, '', None, Modality.OTHER)
         reason = found.unused.get(i, '') if found else 'not EEG, eye or chin by its name'
-        channels.append(dict(recorded=name, canonical=None if c.modality is Modality.OTHER else c.name, modality=str(c.modality),
-                             sfreq=fs, used=not reason, reason=reason.replace('not asked for', 'staging does not need it')))
+        canonical = None if c.modality is Modality.OTHER else c.name
+        channels.append(dict(recorded=name, canonical=canonical, modality=str(c.modality), sfreq=fs, used=not reason,
+                             reason=reason.replace('not asked for', 'staging does not need it')))
     hypnogram = _found_stages(recording, path, notes)
     return dict(file=str(path), start=recording.start and recording.start.isoformat(), duration_s=recording.duration,
                 channels=channels, hypnogram=hypnogram, notes=notes)
