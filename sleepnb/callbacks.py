@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE_METRICS', 'keep_memory', 'Reproducible', 'TrainingCallback', 'stage_metrics', 'Unfreeze', 'KeepBest',
-           'TaskRecord', 'digest', 'training_facts', 'Checkpoint', 'TerminalProgress']
+           'TaskRecord', 'ModalityRecord', 'digest', 'training_facts', 'Checkpoint', 'TerminalProgress']
 
 # %% ../nbs/520_callbacks.ipynb #cdeda38c
 import ctypes

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mtssrl_learner', 'save_learner', 'saved_split', 'finetune_learner', 'fit_to_file', 'supervised_learner',
-           'predict_stages', 'load_learner']
+           'sleepsmc_learner', 'predict_stages', 'score_subsets', 'extract_features', 'load_learner']
 
 # %% ../nbs/530_learner.ipynb #28cb1e07
 import os
@@ -106,7 +106,6 @@ def save_learner(
 )->Path:
     "Saves the network with all that `sleepnb.weights` keeps of it, and the arguments of its loss if it has any."
     split = asdict(learn.dls.split) | dict(id=learn.dls.split.id)
-    if config := getattr(learn.loss_func, 'config', None): notes = dict(loss=config) | notes
     return save_weights(path, get_model(learn.model), **_seen(learn), split=split, recipe=_recipe(learn.dls), **notes)
 
 def saved_split(
@@ -119,8 +118,8 @@ def saved_split(
                            found=f'a file of the kind {described["kind"]}')
     return Split(**{f.name: split[f.name] for f in fields(Split)})
 
-# %% ../nbs/530_learner.ipynb #503848fa
-def _by_part(network:StageNetwork)->list: # parameter groups, from the signal to the stage
+# %% ../nbs/530_learner.ipynb #28cfe7e2
+def _by_part(network:nn.Module)->list: # parameter groups, from the signal to the stage
     return [[p for module in part for p in module.parameters()] for part in network.parts.values()]
 
 def _described_seen(described)->dict[str, set]:
@@ -299,6 +298,36 @@ def predict_stages(
     with learn.no_bar(), learn.no_logging(), _only(network, using):
         prob = learn.get_preds(dl=learn.dls.test_dl(epochs.index))[0].numpy()
     return epochs.assign(pred=prob.argmax(-1), **{f'p_{s.label}': prob[:, s] for s in Stage})
+
+# %% ../nbs/530_learner.ipynb #ab76432e
+def score_subsets(
+    learn:Learner,     # of `sleepsmc_learner`
+    part:str='test',   # `'train'`, `'valid'` or `'test'`
+    metrics:tuple[str, ...]=('accuracy', 'macro_f1', 'kappa'), # any that `score_table` has
+    **kwargs,          # of `score_table`
+)->pd.DataFrame:       # one row per subset; for each metric value, low and high
+    "Pooled scores, with intervals over subjects, of all subsets of a network's modalities."
+    names = get_model(learn.model).modalities
+    chosen = [o for n in range(len(names), 0, -1) for o in combinations(names, n)]
+    tables = {'+'.join(o): score_table(predict_stages(learn, part, o), **kwargs).loc['pooled'] for o in chosen}
+    scores = pd.concat({k: t.loc[list(metrics), ['value', 'low', 'high']].stack() for k,t in tables.items()}, axis=1).T
+    return scores.rename_axis('modalities').rename_axis([None, None], axis=1)
+
+# %% ../nbs/530_learner.ipynb #8787a325
+def extract_features(
+    learn:Learner,     # of `sleepsmc_learner`
+    modality:str,
+    part:str='test',   # `'train'`, `'valid'` or `'test'`
+)->tuple[pd.DataFrame, np.ndarray]: # per scored epoch that has the modality: cohort … stage; its features, `(epochs, w)`
+    "What the extractor of one modality makes of each epoch."
+    epochs,network = rows_of(learn.dls.train.stores, learn.dls.split, part), get_model(learn.model)
+    made = []
+    with torch.no_grad(), in_mode(network):
+        for (_,parts),_ in learn.dls.test_dl(epochs.index):
+            x,there = network.signals(parts, modality)
+            made.append(torch.cat([network.features(x, there, modality), there[:, None]], dim=1).cpu())
+    *features,there = torch.cat(made).numpy().T
+    return epochs[there > 0], np.stack(features, 1)[there > 0]
 
 # %% ../nbs/530_learner.ipynb #1dc26142
 def load_learner(
