@@ -6,9 +6,11 @@
 __all__ = ['mtssrl_learner', 'save_learner', 'saved_split', 'finetune_learner', 'fit_to_file', 'supervised_learner',
            'sleepsmc_learner', 'predict_stages', 'score_subsets', 'extract_features', 'load_learner']
 
-# %% ../nbs/530_learner.ipynb #28cb1e07
+# %% ../nbs/530_learner.ipynb #001091a8
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, fields
+from itertools import combinations
 from pathlib import Path
 
 import fastai.callback.all
@@ -23,10 +25,12 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, get_model
 from torch import nn
 
-from .callbacks import Checkpoint, KeepBest, Reproducible, TaskRecord, Unfreeze, digest, stage_metrics, training_facts
+from .callbacks import (Checkpoint, KeepBest, ModalityRecord, Reproducible, TaskRecord, Unfreeze, digest, stage_metrics,
+                               training_facts)
 from .core import UNSCORED, SleepnbError, Stage, StoreError, WeightsError
 from .data.loaders import EpochLoader, rows_of
 from .data.splits import Split, check_unseen
+from .metrics import score_table
 from .models.network import Backbone, StageNetwork, move_to
 from .multimodal.reliability import in_mode
 from .multimodal.sleepsmc import SleepSMC, SleepSMCLoss
@@ -87,7 +91,7 @@ def mtssrl_learner(
     return Learner(dls, network, _total, _adamw, lr, _weights_then_variances, [Reproducible(seed), TaskRecord(), *_listed(cbs)],
                    [_task_metric(n) for n in names], wd=[wd, 0.], **kwargs)
 
-# %% ../nbs/530_learner.ipynb #094c4985
+# %% ../nbs/530_learner.ipynb #e4d603f2
 _COLUMNS = ['cohort', 'subject']
 
 def _people(loader:EpochLoader)->set: # (cohort, subject)
@@ -106,6 +110,7 @@ def save_learner(
 )->Path:
     "Saves the network with all that `sleepnb.weights` keeps of it, and the arguments of its loss if it has any."
     split = asdict(learn.dls.split) | dict(id=learn.dls.split.id)
+    if config := getattr(learn.loss_func, 'config', None): notes = dict(loss=config) | notes
     return save_weights(path, get_model(learn.model), **_seen(learn), split=split, recipe=_recipe(learn.dls), **notes)
 
 def saved_split(
@@ -329,7 +334,7 @@ def extract_features(
     *features,there = torch.cat(made).numpy().T
     return epochs[there > 0], np.stack(features, 1)[there > 0]
 
-# %% ../nbs/530_learner.ipynb #1dc26142
+# %% ../nbs/530_learner.ipynb #fb2c79f1
 def load_learner(
     path:str|Path,    # what `save_learner` wrote of a network that stages
     dls:DataLoaders,  # of `labelled_loaders`: the cohorts and the split that it was trained with
@@ -340,9 +345,8 @@ def load_learner(
     montages = (described['backbone'] or described['arguments'])['montages']
     if not isinstance(network, (StageNetwork, SleepSMC)) or montages != _montages(dls):
         raise WeightsError('the weights do not stage these recordings', where=path,
-                           expected=f'a StageNetwork for {_montages(dls)}',
-                           found=f'a {described["network"]} for {described["backbone"]["montages"]}',
-                           remedy='Fine-tune them first.')
+                           expected=f'a StageNetwork or SleepSMC for {_montages(dls)}',
+                           found=f'a {described["network"]} for {montages}', remedy='Fine-tune them first.')
     _check_origin(dls.split, seen := _described_seen(described))
     _check_recipe(dls, described['recipe'])
     smc = isinstance(network, SleepSMC)
