@@ -5,18 +5,26 @@
 # %% auto #0
 __all__ = ['FS', 'filter_resample', 'hold', 'to_epochs', 'crop_wake', 'robust_stats', 'normalise']
 
-# %% ../../nbs/110_data.preprocess.ipynb #af3c9982
+# %% ../../nbs/110_data.preprocess.ipynb #6f198e68
 from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
-from mne.filter import create_filter
 from scipy.fft import irfft, next_fast_len, rfft
 
 from ..core import EPOCH_SEC, SleepnbError, Stage
 
-# %% ../../nbs/110_data.preprocess.ipynb #0110f7be
+# %% ../../nbs/110_data.preprocess.ipynb #0d9500b5
 FS = 100 # Hz, the rate that every model sees
+
+def _lowpass(
+    fs:float,        # Hz
+    edge:float,      # Hz, the last frequency that passes
+    stop:float,      # Hz, the first that does not
+)->np.ndarray:       # odd number of taps, symmetric
+    n = round(3.3 * fs / (stop - edge)) | 1                           # a Hamming window falls within 3.3 / n of the rate
+    h = np.sinc((edge + stop) / fs * (np.arange(n) - n//2)) * np.hamming(n)
+    return h / h.sum()
 
 @lru_cache(32) # the channels of a night share one
 def _kernel(
@@ -32,10 +40,13 @@ def _kernel(
                            expected=f'0 < low < high < {fs_out/2:g} Hz')
     if high is not None and high >= fs / 2: high = None               # the recording itself ends below that
     if high is None and fs_out < fs: high = .45 * fs_out
-    if low is None and high is None: return np.ones(1)
-    room = min(fs, fs_out) / 2 - (high or 0)                          # to fall from pass to stop before half the rate
-    steep = dict(h_trans_bandwidth=min(max(.25 * high, 2.), room)) if high else {}
-    return create_filter(None, fs, low, high, verbose='error', **steep)
+    parts = [np.ones(1)]
+    if high is not None:
+        room = min(fs, fs_out) / 2 - high                             # to fall from pass to stop before half the rate
+        parts = [_lowpass(fs, high, high + min(max(.25 * high, 2.), room))]
+    if low is not None: parts.append(-_lowpass(fs, low - min(max(.25 * low, 2.), low), low))
+    n = max(map(len, parts))
+    return sum(np.pad(o, (n - len(o)) // 2) for o in parts)
 
 # %% ../../nbs/110_data.preprocess.ipynb #0c10c4e6
 def _ends(
