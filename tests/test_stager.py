@@ -1,0 +1,319 @@
+"""Recordings of many kinds give the stages that they should, and those that cannot be staged are refused or flagged."""
+import json, subprocess, sys
+from datetime import datetime
+from pathlib import Path
+
+import mne
+import numpy as np
+import pytest
+import torch
+from edfio import Edf, EdfSignal
+from scipy.signal import resample_poly
+from sklearn.metrics import accuracy_score, cohen_kappa_score
+
+from sleepnb.core import MontageError, RecordingError, SleepnbError, WeightsError
+from sleepnb.data.preprocess import filter_resample, robust_stats, to_epochs
+from sleepnb.data.psg import Hypnogram, Night, align, read_hypnogram, read_night, sample_files
+from sleepnb.hypnogram import smooth_stages
+from sleepnb.models.network import Backbone, StageNetwork
+from sleepnb.montage import POSITIONS, parse_channel
+from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
+from sleepnb.ssrl.mtssrl import MTSSRL
+from sleepnb.stager import EEG_SITES, Stager, signal_quality
+from sleepnb.synth import synth_night
+from sleepnb.weights import save_weights
+
+HOME = ['C3-M2', 'HEOG', 'Chin']
+
+def train():
+    "Seconds of steps on simulated signals: stages differ, which is all that is asked."
+    torch.manual_seed(0)
+    network = SleepSMC({'home': HOME}, primary=None, channel_mode='cam', n_chans={'EEG': 2}, hide=.3, drop=0)
+    loss,opt,draw = SleepSMCLoss(network, contrast=False), torch.optim.Adam(network.parameters(), 3e-3), np.random.default_rng(0)
+    y = np.repeat(range(5), 20)
+    x = synth_night(HOME, seed=1, stages=y).x
+    x = [to_epochs(filter_resample(o, 100, *band)) for o,band in zip(x, [(.3, 40), (.3, 40), (10, None)])]
+    median,scale = np.stack([robust_stats(o.ravel()) for o in x], axis=1)
+    def part(k, rows):
+        full = torch.full((len(rows), 1), 1.)
+        return dict(x=torch.tensor(x[k][rows, None]), median=full*median[k], scale=full*scale[k], there=full > 0,
+                    at=torch.arange(len(rows)))
+    for _ in range(16):
+        rows = draw.choice(100, 20, replace=False)
+        parts = {'home': {m: part(k, rows) for k,m in enumerate(['EEG', 'EOG', 'EMG'])}}
+        value = loss(network.train()((torch.arange(20), parts)), torch.tensor(y[rows]))
+        opt.zero_grad(); value.backward(); opt.step()
+    return network.eval()
+
+@pytest.fixture(scope='module')
+def network(): return train()
+
+@pytest.fixture(scope='module')
+def stager(network): return Stager(network)
+
+STAGES = np.tile(np.repeat([0, 2, 3, 4, 1], 4), 2) # 40 epochs
+NAMES = ['C3', 'C4', 'A1', 'A2', 'LOC', 'ROC', 'Chin']
+
+@pytest.fixture(scope='module')
+def x(): return synth_night(NAMES, fs=200, seed=3, stages=STAGES).x
+
+def night(x, names=NAMES, fs=200, stages=None, start=None):
+    n = int(x.shape[1] / fs / 30)
+    return Night([np.array(o, np.float32) for o in x], [fs]*len(names), [parse_channel(n) for n in names],
+                 np.full(n, -1, np.int8) if stages is None else stages, start)
+
+@pytest.fixture(scope='module')
+def edf(x, tmp_path_factory):
+    path = tmp_path_factory.mktemp('stager')/'home.edf'
+    Edf([EdfSignal(o.astype(float), 200, label=n, physical_dimension='uV', physical_range=(-3000, 3000))
+         for o,n in zip(x, NAMES)]).write(path)
+    return path
+
+@pytest.fixture(scope='module')
+def whole(stager, x): return stager.stage(night(x))
+
+def close(a, b, eps=1e-3): np.testing.assert_allclose(a.prob, b.prob, atol=eps)
+
+def test_the_stages_differ(whole):
+    "Or nothing below would mean anything."
+    assert len(np.unique(whole.stages)) >= 3 and whole.prob.std(0).max() > .1
+    np.testing.assert_allclose(whole.prob.sum(1), 1, atol=1e-5)
+
+def test_path_raw_and_night_give_the_same(stager, edf):
+    by_path,by_night = stager.stage(edf), stager.stage(read_night(edf))
+    raw = mne.io.read_raw_edf(edf, preload=True, verbose='error')
+    assert abs(raw.get_data()).max() < .01                                      # volts
+    for other in (by_night, stager.stage(raw), stager.stage(str(edf))):
+        close(by_path, other)
+        assert list(other.channels.channel[other.channels.used]) == ['C3-M2', 'C4-M1', 'E1-E2', 'Chin']
+    assert by_path.name == 'home' and stager.stage(raw).name == 'home'
+
+@pytest.mark.parametrize('fs', [100, 256, 500])
+def test_the_rate_does_not_matter(stager, whole, x, fs):
+    other = stager.stage(night(resample_poly(x, fs, 200, axis=1), fs=fs))
+    assert accuracy_score(whole.stages, other.stages) > .94
+    assert abs(whole.prob - other.prob).mean() < .02
+
+def test_names_and_order_do_not_matter(stager, whole, x):
+    order = [6, 3, 0, 5, 2, 4, 1]
+    spelled = ['EMG Chin', 'M2', 'EEG C3', 'EOG ROC', 'EEG A1-Ref', 'e1', 'c4']
+    other = stager.stage(night(x[order], spelled))
+    close(whole, stager.stage(night(np.stack([x[0]-x[3], x[1]-x[2], x[4]-x[5], x[6]]), ['EEG C3-A2', 'C4_M1', 'HEOG', 'Chin'])))
+    close(other, stager.stage(night(x[order], spelled)))
+    assert {*other.channels.channel[other.channels.used]} == {'C3-M2', 'C4-M1', 'E1-E2', 'Chin'}
+    close(whole, other)
+
+def test_any_subset_of_modalities(stager, x):
+    one = {'EEG': stager.stage(night(x[:4], NAMES[:4])), 'EOG': stager.stage(night(x[4:6], NAMES[4:6])),
+           'EMG': stager.stage(night(x[6:], NAMES[6:]))}
+    for m,found in one.items():
+        assert found.modalities == (m,) and (found.stages >= 0).all()
+        close(found, stager.stage(night(x), [m]), 1e-5)
+    assert stager.stage(night(x), ('EMG', 'EEG')).modalities == ('EEG', 'EMG')
+    with pytest.raises(MontageError, match='no channel of EOG'): stager.stage(night(x[:4], NAMES[:4]), ['EEG', 'EOG'])
+    with pytest.raises(SleepnbError, match='found ECG'): stager.stage(night(x), ['ECG'])
+    with pytest.raises(MontageError, match='EEG or EOG or EMG'): stager.stage(night(x[:2], ['Thorax', 'SpO2']))
+
+def test_a_nap_and_one_epoch(stager, x):
+    for n in (1, 2, 7):
+        found = stager.stage(night(x[:, :n*6000 + 1234]))
+        assert len(found.stages) == n and (found.stages >= 0).all()
+    with pytest.raises(RecordingError, match='shorter than one epoch'): stager.stage(night(x[:, :5999]))
+
+def test_more_than_a_day(stager, x):
+    "Five minutes again and again for 25 hours: the same stages again and again."
+    short = np.tile(resample_poly(x[0] - x[3], 1, 2)[:30000], 300)
+    found = stager.stage(night(short[None], ['C3-M2'], 100))
+    assert len(found.stages) == 3000
+    prob = found.prob.reshape(300, 10, 5)
+    np.testing.assert_allclose(prob[1:-1], np.broadcast_to(prob[1], (298, 10, 5)), atol=.01)
+
+def test_what_fills_no_epoch_is_left_out_and_said(stager, tmp_path, x):
+    path = tmp_path/'odd.edf'
+    Edf([EdfSignal(x[0, :12000 + 2400].astype(float), 200, label='C3', physical_dimension='uV', physical_range=(-3000, 3000))],
+        data_record_duration=1).write(path)
+    found = stager.stage(path)
+    assert len(found.stages) == 2 and 'the last 12 s fill no epoch' in found.notes
+
+WRONG = dict(zeros=('flat', lambda t: 0*t), nan=('missing', lambda t: t*np.nan), inf=('missing', lambda t: t + np.inf),
+             white=('noise', lambda t: np.random.default_rng(0).normal(0, 200, len(t))), offset=('flat', lambda t: 0*t + 150),
+             hum_50=('noise', lambda t: 100*np.sin(2*np.pi*50*t)), hum_60=('noise', lambda t: np.linspace(300, 400, len(t))*np.sin(2*np.pi*60*t)),
+             rail=('clipped', lambda t: np.clip(4000*np.sin(2*np.pi*1.3*t), -3000, 3000)))
+
+@pytest.mark.parametrize('wrong', WRONG)
+def test_unplugged_half_way(stager, x, wrong):
+    word,make = WRONG[wrong]
+    bad = np.array([x[0] - x[3], x[4] - x[5]])
+    bad[:, 120000:] = make(np.arange(120000) / 200)
+    found = stager.stage(night(bad, ['C3-M2', 'HEOG']))
+    assert list(found.quality) == ['good']*20 + [word]*20
+    assert (found.stages[20:] == -1).all() and np.isnan(found.prob[20:]).all()
+    assert list(found.table.stage[20:]) == ['?']*20 and f'20 epochs {word}' in repr(found)
+    alone = stager.stage(night(bad[:, :120000], ['C3-M2', 'HEOG']))             # the bad half changes nothing
+    np.testing.assert_allclose(found.prob[:19], alone.prob[:19], atol=.05)      # but a few samples less give the scale
+
+def test_muscle_that_is_off(stager, x):
+    bad = x[6:].copy()
+    bad[:, 120000:] = 7.
+    assert list(stager.stage(night(bad, ['Chin'])).quality) == ['good']*20 + ['flat']*20
+
+def test_a_bad_channel_counts_as_missing(stager, x):
+    pair = np.stack([x[0] - x[3], x[1] - x[2]])
+    bad = pair.copy()
+    bad[1, 120000:] = 0
+    found,one = stager.stage(night(bad, ['C3-M2', 'C4-M1'])), stager.stage(night(pair[:1], ['C3-M2']))
+    assert (found.quality == 'good').all()
+    np.testing.assert_allclose(found.prob[21:], one.prob[21:], atol=1e-3)
+    assert abs(found.prob[:20] - one.prob[:20]).max() > .01
+    assert list(found.channels.epochs_flat) == [0, 20]
+
+def test_a_mastoid_at_its_end_spoils_what_is_made_with_it(x):
+    "Difference and electrodes are both looked at."
+    bad = x.copy()
+    bad[3, 120000:] = np.sign(bad[3, 120000:]) * 3000
+    found = Stager(SleepSMC({'home': HOME}, primary=None, channel_mode='cam')).stage(night(bad, NAMES), ['EEG'])
+    assert list(found.channels.set_index('channel').epochs_clipped[['C3-M2', 'C4-M1']]) == [20, 0]
+
+def test_quality_of_simulated_nights():
+    made = synth_night(['C3-M2', 'O1-M2', 'HEOG', 'Chin'], 240, seed=5)
+    words = [signal_quality(o, 100, m) for o,m in zip(made.x, ['EEG', 'EEG', 'EOG', 'EMG'])]
+    assert (np.array(words) != 'good').mean() < .02
+
+def test_nan_in_a_raw(stager, x):
+    raw = mne.io.RawArray(np.stack([x[0] - x[3]])*1e-6, mne.create_info(['C3-M2'], 200, 'eeg'), verbose='error')
+    raw._data[0, 120000:126000] = np.nan
+    found = stager.stage(raw)
+    assert list(np.flatnonzero(found.quality == 'missing')) == [20] and (found.stages == -1).sum() == 1
+
+def test_wrong_units(stager, x):
+    info = mne.create_info(['C3', 'C4', 'A1', 'A2', 'E1', 'E2', 'Chin'], 200, 'eeg')
+    raw = mne.io.RawArray(x.astype(float), info, verbose='error')               # microvolts where mne has volts
+    with pytest.raises(RecordingError, match='cannot be in microvolts'): stager.stage(raw)
+    with pytest.raises(RecordingError, match='cannot be in microvolts'): stager.stage(night(x*1e-6))
+    close(stager.stage(raw, unit='uV'), stager.stage(night(x)))
+
+def test_epochs_begin_with_the_hypnogram(stager, x):
+    start = datetime(2020, 1, 1, 22)
+    scored = Hypnogram('scored', 45. + 30*np.arange(30), np.full(30, 30.), STAGES[:30].astype(np.int8))
+    found = stager.stage(night(x, start=start), hypnogram=scored)
+    later = stager.stage(night(x[:, 3000:], start=start))
+    assert found.onset == 15 and len(found.stages) == 39
+    close(found, later, .05)
+    assert list(found.reference[:2]) == [-1, STAGES[0]] and (found.reference[31:] == -1).all()
+    assert list(found.table.onset[:2]) == [15, 45]
+    scores,there = found.agreement(), found.reference >= 0
+    assert scores['epochs'] == 30
+    np.testing.assert_allclose(scores['kappa'], cohen_kappa_score(found.reference[there], found.stages[there]))
+    np.testing.assert_allclose(scores['accuracy'], accuracy_score(found.reference[there], found.stages[there]))
+    assert found.agreement(scored) == scores
+    with pytest.raises(SleepnbError, match='begin between epochs'): stager.stage(night(x, start=start)).agreement(scored)
+
+def test_agreement_is_by_time(stager, x):
+    start = datetime(2020, 1, 1, 22)
+    found = stager.stage(night(x, start=start))
+    scored = Hypnogram('scored', np.arange(10)*30., np.full(10, 30.), found.stages[5:15], datetime(2020, 1, 1, 22, 2, 30))
+    assert found.agreement(scored)['accuracy'] == 1 and found.agreement(scored)['epochs'] == 10
+
+def test_smoothing_is_off_and_named_when_on(stager, whole, x):
+    smooth = stager.stage(night(x), smooth=True)
+    assert not whole.smoothed and smooth.smoothed and 'smoothed' in repr(smooth) and 'smoothed' not in repr(whole)
+    assert (whole.stages == whole.prob.argmax(1)).all() and (smooth.stages == smooth_stages(whole.prob)).all()
+
+@pytest.mark.parametrize('name', ['a.csv', 'a.tsv', 'a_events.tsv', 'a.edf'])
+def test_files_read_back(stager, edf, tmp_path, name):
+    found = stager.stage(edf)
+    read = read_hypnogram(found.write(tmp_path/name))
+    assert (align(read, 40*30, found.start)[0] == found.stages).all()
+
+def test_annotations_go_on_the_raw(stager, edf):
+    raw = mne.io.read_raw_edf(edf, preload=True, verbose='error')
+    raw.set_annotations(stager.stage(raw).annotations())
+    assert (read_night(raw).stages == stager.stage(raw).stages).all()
+
+def test_several_nights_with_bad_ones(stager, edf, tmp_path, capsys):
+    text,cut = tmp_path/'text.edf', tmp_path/'cut.edf'
+    text.write_text('this is no recording')
+    cut.write_bytes(edf.read_bytes()[:50000])
+    done,failed = stager.stage_all([edf, text, cut, tmp_path/'none.edf', edf])
+    assert [o.name for o in done] == ['home', 'home'] and [Path(p).name for p in failed] == ['text.edf', 'cut.edf', 'none.edf']
+    assert all('\n' not in why for why in failed.values())
+    assert 'staging' in capsys.readouterr().err
+    assert not stager.stage_all([], progress=False)[0]
+    with pytest.raises(SleepnbError, match='differ in number'): stager.stage_all([edf], [None, None])
+
+def test_of_a_cap_eight_are_used(network):
+    names = [n for n in POSITIONS if n not in ('M1', 'M2')][:83]
+    found,_ = Stager(network).choose(names)
+    assert len(found.derivations) == len(EEG_SITES) and {d.got.site for d in found.derivations} >= {'F3', 'C4', 'Fpz'}
+
+def test_networks_for_one_montage(x):
+    torch.manual_seed(0)
+    for network in (SleepSMC({'a': ['C3-M2', 'C4-M1', 'HEOG']}, ('EEG', 'EOG'), primary=None),
+                    SleepSMC({'a': ['C3-M2', 'C4-M1', 'HEOG']}, ('EEG', 'EOG'), channel_mode='shared'),
+                    StageNetwork(Backbone({'b': ['O1-M2'], 'a': ['C3-M2', 'C4-M1', 'HEOG']}))):
+        found = Stager(network).stage(night(x))
+        assert list(found.channels.channel[found.channels.used])[:2] == ['C3-M2', 'C4-M1'] and (found.stages >= 0).all()
+        z = np.stack([x[0]-x[3], x[1]-x[2], x[4]-x[5]])
+        y = [to_epochs(filter_resample(o, 200)) for o in z]                     # what the network itself makes of it
+        median,scale = np.stack([robust_stats(o.ravel()) for o in y], axis=1)
+        b = len(y[0])
+        def part(k): return dict(x=torch.tensor(np.stack([y[i] for i in k], 1)), at=torch.arange(b), there=torch.ones(b, len(k)) > 0,
+                                 **{n: torch.tensor(o[k], dtype=torch.float32).expand(b, -1) for n,o in (('median', median), ('scale', scale))})
+        parts = {'a': {'EEG': part([0, 1]), 'EOG': part([2])} if isinstance(network, SleepSMC) else part([0, 1, 2])}
+        with torch.no_grad(): expected = network.eval()((torch.arange(b), parts)).softmax(-1)
+        np.testing.assert_allclose(found.prob, expected, atol=1e-3)
+        with pytest.raises(MontageError, match='trained on'): Stager(network).stage(night(x[:1], ['C3']))
+
+def test_a_network_that_shares_its_heads_takes_any_montage(x):
+    torch.manual_seed(0)
+    stager = Stager(StageNetwork(Backbone({'a': ['Fpz-Cz', 'Pz-Oz'], 'b': ['O1-M2']}, align='shared')))
+    found = stager.stage(night(x))
+    assert list(found.channels.channel[found.channels.used]) == ['C3-M2', 'C4-M1'] and (found.stages >= 0).all()
+
+def test_weights(network, x, tmp_path, edf):
+    recipe = dict(name='mine', eeg=[1., 30.], eog=[.3, 40.], emg=[10., None], ecg=[.3, 40.])
+    path = save_weights(tmp_path/'night.safetensors', network, recipe=recipe)
+    loaded = Stager.load(path)
+    assert loaded.recipe.eeg == [1., 30.] and loaded.stage(edf).weights == 'night.safetensors'
+    assert abs(loaded.stage(edf).prob - Stager(network).stage(edf).prob).max() > .01 # another filter, other signals
+    other = save_weights(tmp_path/'ssl.safetensors', MTSSRL(Backbone({'a': ['C3']})))
+    with pytest.raises(WeightsError, match='does not stage'): Stager.load(other)
+    with pytest.raises(WeightsError, match='another order'): Stager(network, dict(stages=['R', 'W', 'N1', 'N2', 'N3']))
+    with pytest.raises(WeightsError, match='no such file'): Stager.load(tmp_path/'none')
+
+def test_without_weights_of_its_own_it_asks_for_a_path(monkeypatch, tmp_path, network):
+    monkeypatch.setattr('sleepnb.stager.resources.files', lambda name: tmp_path)
+    with pytest.raises(WeightsError, match='Give the path'): Stager.load()
+    save_weights(tmp_path/'weights'/'stager.safetensors', network)
+    assert Stager.load().name == 'stager.safetensors'
+
+def test_threads_are_given_back(stager, x):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        stager.stage(night(x[:, :6000]))
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+def test_the_real_night_is_good_and_staging_loads_little(network, tmp_path):
+    path = save_weights(tmp_path/'w.safetensors', network)
+    code = ('import sys, json; from sleepnb.stager import Stager; '
+            f's = Stager.load({str(path)!r}).stage({str(sample_files()[0])!r}); '
+            'print(json.dumps([sorted({"fastai", "mne", "matplotlib", "sklearn", "scipy.signal"} & {*sys.modules}), '
+            '(s.quality != "good").sum().item(), int((s.channels.epochs_good == 841).sum()), len(s.stages)]))')
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == [[], 0, 4, 841]
+
+def test_crop_and_whole_agree(stager, data):
+    "The real 22 hours, and the same file from 30 minutes before sleep to 30 minutes after."
+    path = next(data.rglob('SC4001E0-PSG.edf'))
+    scored = read_night(path, next(data.rglob('SC4001EC-Hypnogram.edf')), wanted=['Fpz-Cz']).stages
+    asleep = np.flatnonzero(scored > 0)
+    a,b = asleep[0] - 60, asleep[-1] + 61
+    night = read_night(path, wanted=['Fpz-Cz', 'HEOG'])
+    crop = Night([o[a*3000:b*3000] for o in night.x], night.fs, night.channels, night.stages[a:b])
+    whole,part = stager.stage(night), stager.stage(crop)
+    assert len(whole.stages) == 2650 and (whole.quality == 'good').all()
+    kappa = cohen_kappa_score(whole.stages[a:b], part.stages)
+    print(f'crop against whole: κ {kappa:.3f}')
+    assert kappa > .8
