@@ -88,9 +88,9 @@ def _as_trained(
                            "that were trained with channel_mode='cam'.")
     return best
 
-# %% ../nbs/600_stager.ipynb #4ce55aa5
+# %% ../nbs/600_stager.ipynb #b395963d
 QUALITIES = 'good', 'noise', 'clipped', 'flat', 'missing' # from best to worst
-FLAT_UV,CLIPPED_SHARE,NOISE_UV,WHITE_RATIO,MAINS_SHARE = 1., .01, 300., .6, .9
+FLAT_UV,CLIPPED_SHARE,NOISE_UV,WHITE_RATIO,MAINS_SHARE = 1., .01, 300., 1.6, .9
 _GOOD,_NOISE,_CLIPPED,_FLAT,_MISSING = range(len(QUALITIES))
 
 def _is_flat(
@@ -117,7 +117,9 @@ def _is_noise(
     whole = np.maximum(share(.5, fs).sum(-1), 1e-12)
     mains = (share(48, 52).sum(-1) + share(58, 62).sum(-1)) / whole >= MAINS_SHARE
     if modality == Modality.EMG: return mains
-    white = share(20, min(40, .45*fs)).mean(-1) >= WHITE_RATIO * share(.5, 5).mean(-1) if fs >= 50 else False
+    edges = .5, 5, 10, 20, min(40, .45*fs)
+    bands = [share(*pair).mean(-1) for pair in zip(edges, edges[1:]) if pair[0] < pair[1]]
+    white = np.max(bands, 0) <= WHITE_RATIO * np.min(bands, 0)
     return mains | white | (whole >= NOISE_UV**2)
 
 # %% ../nbs/600_stager.ipynb #23ec5f9f
@@ -149,7 +151,7 @@ def signal_quality(
         made[rows] = found
     return np.array(QUALITIES)[made]
 
-# %% ../nbs/600_stager.ipynb #9c909ab5
+# %% ../nbs/600_stager.ipynb #989f2567
 class _NightSource:
     "Gives the channels of a `Night` as a file would."
     def __init__(self, night): self.night = night
@@ -176,7 +178,8 @@ def _signal(
     rates = {recording.fs[i] for i in terms}
     if len(rates) > 1:
         raise RecordingError('two channels of different rates cannot be subtracted', where=recording.where,
-                             found=', '.join(f'{recording.names[i]} {recording.fs[i]:g} Hz' for i in terms))
+                             found=', '.join(f'{recording.names[i]} {recording.fs[i]:g} Hz' for i in terms),
+                             remedy='Name other channels with channels=.')
     fs,(onset,n) = rates.pop(), span
     for i in terms.keys() - cache.keys():
         x = recording.source.read(i)[round(onset*fs):][:round(n*EPOCH_SEC*fs)] # its own read would refuse NaN
@@ -443,7 +446,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #3a26dc60
+# %% ../nbs/600_stager.ipynb #098b4b0e
 def _own_weights()->Path:
     found = sorted(Path(str(resources.files('sleepnb')/'weights')).glob('*.safetensors'))
     if not found:
@@ -525,6 +528,15 @@ class Stager:
                                expected=f'some of {", ".join(self.modalities)}', found=', '.join(wanted) or 'none')
         return tuple(m for m in self.modalities if m in wanted)
 
+    def _named(self, names, channels, may, aliases, where): # those that were asked for
+        if not self.any_montage:
+            raise SleepnbError('the channels of this network cannot be chosen', found=', '.join(channels),
+                               expected=' or '.join(', '.join(v) for v in self.montages.values()))
+        found = resolve_montage(names, channels, aliases, where).derivations
+        if lost := [f'{d.wanted.name}: {d.details}' for d in found if not d.terms]:
+            raise MontageError('channels that were asked for are not there', where=where, found='; '.join(lost))
+        return [d.got.name for d in found if d.got.modality in may]
+
     def choose(self,
         names:list[str],                  # of the channels, as recorded
         modalities:Iterable[str]|None=None, # by default all that the network stages with
@@ -535,9 +547,7 @@ class Stager:
         "Raises `MontageError` when a modality that was asked for is not there, or none is."
         may,cohort = self._chosen(modalities), None
         trained = [c for v in self.montages.values() for c in v]
-        if channels is not None and self.any_montage:
-            wanted = [d.got.name for d in resolve_montage(names, channels, aliases, where).derivations if d.terms]
-            wanted = [w for w in wanted if parse_channel(w).modality in may]
+        if channels is not None: wanted = self._named(names, channels, may, aliases, where)
         elif self.any_montage: wanted = _by_place(names, trained, may, aliases)
         else: cohort,wanted = _as_trained(names, self.montages, may, aliases, where)
         there = {parse_channel(w).modality.value for w in wanted}
