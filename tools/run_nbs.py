@@ -3,7 +3,7 @@
     python tools/run_nbs.py [PAGE …] [--data]        all pages of nbs/ where none is named
 
 Cells that `nbdev_test` skips keep their outputs; with `--data`, those that need the data of developers run too. A page's metadata records what code ran and its CPU seconds
-beyond imports, which is what `tests/test_pages.py` reads."""
+beyond imports, as a machine of usual speed takes them, which is what `tests/test_pages.py` reads."""
 import ast, hashlib, os, sys, time
 from pathlib import Path
 
@@ -24,6 +24,19 @@ def is_import(source):
     "A cell of imports and directives alone."
     return all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
 
+USUAL = .13 # CPU seconds of the work below, on the machine that page times refer to
+
+def slowness():
+    "How much longer this machine takes now than a usual one."
+    import torch
+    x,w = torch.randn(64, 16, 3000), torch.randn(16, 16, 50, requires_grad=True)
+    def step(): torch.nn.functional.conv1d(x, w, stride=6).sum().backward()
+    step() # the first is slower
+    start = time.process_time()
+    for _ in range(3): step()
+    sum(i % 7 for i in range(10**6))
+    return (time.process_time() - start) / USUAL
+
 def run_page(path, skip):
     "Runs one page, writes it back clean, returns its CPU seconds beyond imports."
     directives = {c.id: getattr(c, 'directives_', None) or {} for c in NBProcessor(path, process=True).nb.cells}
@@ -36,6 +49,8 @@ def run_page(path, skip):
             start = time.process_time()
             shell.run_all(type(nb)(cells=[cell]), exc_stop=True)
             if not is_import(cell.source): seconds += time.process_time() - start
+            elif 'torch' in sys.modules: import torch._dynamo # optimisers would import it
+    seconds /= slowness()
     nb.metadata['kernelspec'] = dict(display_name='python3', language='python', name='python3')
     nb.metadata['sleepnb'] = dict(code=code_hash(nb), seconds=round(seconds, 1))
     clean_nb(nb, allowed_metadata_keys=['sleepnb'])
