@@ -91,7 +91,7 @@ _COUNTED = np.array([[663, 145, 7, 0, 14], [55, 881, 297, 0, 79], [64, 154, 5615
                      [41, 115, 29, 0, 2109]])
 TRANSITIONS = (_COUNTED + 1) / (_COUNTED + 1).sum(axis=1, keepdims=True) # in 30 s, from (row) × to (column)
 
-# %% ../nbs/580_hypnogram.ipynb #adb1f39b
+# %% ../nbs/580_hypnogram.ipynb #0718efbb
 def known_prob(
     prob, # probabilities of W, N1, N2, N3, R: `(epochs, 5)`; nan for an epoch without
 )->tuple[np.ndarray, np.ndarray]: # the same as an array; which epochs have some, `(epochs,)`, bool
@@ -104,7 +104,7 @@ def known_prob(
 
 def smooth_stages(
     prob,                    # probabilities of W, N1, N2, N3, R: `(epochs, 5)`; nan for an epoch without
-    transitions=TRANSITIONS, # probabilities from one epoch to the next, `(5, 5)`: from × to
+    transitions=None,        # probabilities from one epoch to the next, `(5, 5)`: from × to; by default `TRANSITIONS`
 )->np.ndarray:               # stage codes, `(epochs,)`, int8; −1 for an epoch without probabilities
     """The likeliest path through the night (Viterbi 1967). Below 1e-10, a probability counts as that.
 
@@ -112,7 +112,7 @@ def smooth_stages(
     prob,there = known_prob(prob)
     emitted = np.zeros((len(there), len(Stage)))                         # an epoch without favours no stage
     emitted[there] = np.log(np.maximum(prob[there], 1e-10))
-    step = np.log(np.maximum(check_prob(transitions, np.full(len(Stage), True)), 1e-10))
+    step = np.log(np.maximum(check_prob(TRANSITIONS if transitions is None else transitions, np.full(len(Stage), True)), 1e-10))
     best,came = emitted[:1].sum(axis=0), np.zeros(emitted.shape, np.int8) # log-probability of the best path to each stage
     for e in range(1, len(emitted)):
         paths = best[:, None] + step                                     # from × to

@@ -1,15 +1,18 @@
 """What the README shows is run, from the day on which all that it calls exists."""
-import ast, importlib.util, re, subprocess, sys
+import ast, importlib.util, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
+import sleepnb
+from sleepnb.data.psg import sample_files
 
 README = (Path(__file__).parent.parent/'README.md').read_text()
 PYTHON = re.findall(r'(?ms)^```python\n(.*?)^```', README)
 SHELL = re.findall(r'(?ms)^```sh\n(.*?)^```', README)
 
 def missing(source):
-    "Modules of sleepnb that the code imports and that do not exist, or names that they lack."
+    "Modules of sleepnb that the code imports and that do not exist, names that they lack, and weights that should come along."
+    if 'Stager.load()' in source and not list((Path(sleepnb.__file__).parent/'weights').glob('*.safetensors')): yield 'weights'
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ImportFrom) or not node.module.startswith('sleepnb'): continue
         try: module = importlib.import_module(node.module)
@@ -58,6 +61,7 @@ def test_python(source, tmp_path):
     if absent := list(missing(source)): pytest.skip(f'not built yet: {", ".join(absent)}')
     if 'my-recordings' in source: write_recordings(tmp_path/'my-recordings')
     if 'stores/' in source: write_stores(tmp_path/'stores')
+    if 'night.edf' in source: shutil.copy(sample_files()[0], tmp_path/'night.edf')
     run = subprocess.run([sys.executable, '-c', source], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
