@@ -46,7 +46,7 @@ def run_page(path, skip):
             flags = directives.get(cell.id, {})
             if (cell.cell_type != 'code' or 'nbdev_export(' in cell.source or skip & flags.keys()
                 or flags.get('eval:', [''])[0].lower() == 'false'): continue
-            start = time.process_time()
+            cell.outputs,start = [],time.process_time()
             shell.run_all(type(nb)(cells=[cell]), exc_stop=True)
             if not is_import(cell.source): seconds += time.process_time() - start
             elif 'torch' in sys.modules: import torch._dynamo # optimisers would import it
