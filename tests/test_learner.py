@@ -156,9 +156,11 @@ def test_fastais_own_ways_are_not_hidden(make):
 
 # A Learner does what a loop does
 
-def loop(dls, network, groups, passes, lr, loss, after=lambda: None):
+def adamw(groups, lr): return torch.optim.AdamW([dict(params=list(p), weight_decay=wd) for p,wd in groups], lr=lr)
+
+def loop(dls, network, opt, passes, loss, after=lambda: None):
     "Plain PyTorch; the weights after each pass."
-    opt,made = torch.optim.AdamW([dict(params=list(p), weight_decay=wd) for p,wd in groups], lr=lr), []
+    made = []
     for p in range(passes):
         dls.train.set_pass(p)
         network.train()
@@ -177,7 +179,8 @@ def test_pretraining_is_the_loop(stores, split):
     torch.manual_seed(0)
     network = MTSSRL(Backbone(MONTAGES, drop=0.))
     rest = [p for n,p in network.named_parameters() if n != 'weighting.raw']
-    made = loop(dls, network, [(rest, .01), ([network.weighting.raw], 0)], 2, 1e-3, lambda pred,_: pred['loss'], network.weighting.project)
+    opt = adamw([(rest, .01), ([network.weighting.raw], 0)], 1e-3)
+    made = loop(dls, network, opt, 2, lambda pred,_: pred['loss'], network.weighting.project)
     assert_close(weights(learn.model), made[-1], **EXACT)
 
 def test_supervised_training_is_the_loop(stores, split):
@@ -185,7 +188,7 @@ def test_supervised_training_is_the_loop(stores, split):
     learn = fitted(supervised_learner(dls, lr=3e-3, patience=None), 3)
     torch.manual_seed(0)
     network = StageNetwork(Backbone(MONTAGES))
-    made = loop(dls, network, [(network.parameters(), .01)], 3, 3e-3, F.cross_entropy)
+    made = loop(dls, network, adamw([(network.parameters(), .01)], 3e-3), 3, F.cross_entropy)
     assert_close(weights(learn.model), made[learn.keep_best.kept['pass_']], **EXACT)
     f1 = [v[learn.recorder.metric_names[1:].index('macro_f1')] for v in learn.recorder.values]
     assert learn.keep_best.kept['pass_'] == int(np.argmax(f1))
@@ -280,16 +283,7 @@ def test_sleepsmc_training_is_the_loop(ward_loaders):
     learn = fitted(sleepsmc_learner(dls, primary=None), 2)
     torch.manual_seed(0)
     network = SleepSMC(WARDS, primary=None)
-    loss,opt,made = SleepSMCLoss(network), torch.optim.Adam(network.parameters(), 1e-3), []
-    for p in range(2):
-        dls.train.set_pass(p)
-        network.train()
-        for i,(inputs,y) in enumerate(dls.train):
-            torch.manual_seed(seed_of('step', 0, 'train', p, i, 0))
-            loss(network(inputs), y).backward()
-            opt.step()
-            opt.zero_grad()
-        made.append(weights(network))
+    made = loop(dls, network, torch.optim.Adam(network.parameters(), 1e-3), 2, SleepSMCLoss(network))
     assert_close(weights(learn.model), made[learn.keep_best.kept['pass_']], **EXACT)
     values = [dict(zip(learn.recorder.metric_names[1:], v)) for v in learn.recorder.values]
     assert learn.keep_best.kept['pass_'] == max(range(2), key=lambda i: (values[i]['accuracy'], -values[i]['valid_loss']))

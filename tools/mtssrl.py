@@ -8,14 +8,11 @@
     python tools/mtssrl.py --work DIR tables                 writes the files
 
 Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
-import argparse, os, sys
+import argparse, os
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # two trainings side by side on two cores are faster so
-KEEP = dict(MALLOC_MMAP_THRESHOLD_='4000000000', MALLOC_TRIM_THRESHOLD_='8000000000')
-if __name__ == '__main__' and sys.platform == 'linux' and not KEEP.keys() <= os.environ.keys():
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)   # steps that keep their memory take a third less time
 
 import numpy as np
 import pandas as pd
@@ -27,7 +24,7 @@ from sklearn.metrics import cohen_kappa_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sleepnb.callbacks import Checkpoint
+from sleepnb.callbacks import Checkpoint, keep_memory
 from sleepnb.core import UNSCORED
 from sleepnb.data.loaders import EpochLoader, Neighbours, Stores, draw_triplets, labelled_loaders, pretraining_loaders, rows_of
 from sleepnb.data.psg import Night, read_night
@@ -188,7 +185,7 @@ def probe_real(work):
             kappas.append(cohen_kappa_score(y, classifier().fit(x, train.stage).predict(z)))
         found.append(dict(probe='from simulated subjects', arm=arm, seed=0, random=kappas[0], pretrained=kappas[1]))
         print(found[-1], flush=True)
-    merged([pd.DataFrame(found)], 'probe_real', ['probe', 'arm', 'seed'])
+    merged([pd.DataFrame(found)], OUT/'mtssrl_probe_real.csv', ['probe', 'arm', 'seed'])
 
 def triplets():
     "How far band powers of real nights tell where a third epoch lies: SC401–404 teach, SC405–407 are asked; nobody is SC400."
@@ -218,9 +215,9 @@ def triplets():
             print(found[-1], flush=True)
     pd.DataFrame(found).round(4).to_csv(OUT/'mtssrl_triplets.csv', index=False)
 
-def merged(rows, name, keys):
+def merged(rows, file, keys):
     "Adds rows to a file of an earlier computation; those of the same keys are replaced."
-    made,file = pd.concat(rows).round(4), OUT/f'mtssrl_{name}.csv'
+    made = pd.concat(rows).round(4)
     if file.exists():
         before = pd.read_csv(file, dtype=dict(subject=str, stages=str))
         made = pd.concat([before, made]).drop_duplicates(keys, keep='last')
@@ -241,10 +238,10 @@ def tables(work):
                 predictions.append(pd.DataFrame([dict(**who, subject=subject, stages=digits(column))]))
     keys = ['target', 'labels', 'arm', 'lr', 'seed']
     if scores:
-        merged(scores, 'scores', [*keys, 'part'])
-        merged([pd.concat(predictions).drop_duplicates([*keys, 'subject'])], 'predictions', [*keys, 'subject'])
-    if logs := [pd.read_csv(f) for f in sorted(work.glob('pretrained *.csv'))]: merged(logs, 'pretraining', ['arm', 'pass', 'task'])
-    if (work/'probe.csv').exists(): merged([pd.read_csv(work/'probe.csv')], 'probe', ['arm', 'cohort', 'weights'])
+        merged(scores, OUT/'mtssrl_scores.csv', [*keys, 'part'])
+        merged([pd.concat(predictions).drop_duplicates([*keys, 'subject'])], OUT/'mtssrl_predictions.csv', [*keys, 'subject'])
+    if logs := [pd.read_csv(f) for f in sorted(work.glob('pretrained *.csv'))]: merged(logs, OUT/'mtssrl_pretraining.csv', ['arm', 'pass', 'task'])
+    if (work/'probe.csv').exists(): merged([pd.read_csv(work/'probe.csv')], OUT/'mtssrl_probe.csv', ['arm', 'cohort', 'weights'])
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -254,6 +251,7 @@ def main():
     parser.add_argument('--targets', default='SIA')
     parser.add_argument('--labels', type=float, default=.05, help='share of the training epochs')
     args = parser.parse_args()
+    keep_memory()
     if args.part == 'pretrain':
         for arm in args.arms or ARMS: pretrain(args.work, arm)
     if args.part == 'finetune':

@@ -6,14 +6,11 @@
     python tools/sleepsmc.py --work DIR tables                   writes the files
 
 Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
-import argparse, os, sys
+import argparse, os
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # two trainings side by side on two cores are faster so
-KEEP = dict(MALLOC_MMAP_THRESHOLD_='4000000000', MALLOC_TRIM_THRESHOLD_='8000000000')
-if __name__ == '__main__' and sys.platform == 'linux' and not KEEP.keys() <= os.environ.keys():
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)   # steps that keep their memory take a third less time
 
 import numpy as np
 import pandas as pd
@@ -21,7 +18,8 @@ import torch
 from fastai.torch_core import get_model
 from sklearn.metrics import cohen_kappa_score, f1_score
 
-from sleepnb.callbacks import Checkpoint, TrainingCallback
+from mtssrl import merged
+from sleepnb.callbacks import Checkpoint, TrainingCallback, keep_memory
 from sleepnb.data.cohorts import sleep_edf
 from sleepnb.data.loaders import EpochLoader, Stores, labelled_loaders
 from sleepnb.data.psg import Night
@@ -136,12 +134,6 @@ def real(work):
 
 def digits(codes): return ''.join('?' if c < 0 else str(c) for c in codes)
 
-def merged(rows, name, keys):
-    "Adds rows to a file of an earlier computation; those of the same keys are replaced."
-    made,file = pd.concat(rows).round(4), OUT/f'sleepsmc_{name}.csv'
-    if file.exists(): made = pd.concat([pd.read_csv(file, dtype=dict(subject=str, stages=str)), made]).drop_duplicates(keys, keep='last')
-    made.sort_values(keys).to_csv(file, index=False)
-
 def tables(work):
     rows,records = [],[]
     for file in sorted(work.glob('trained *.csv')):
@@ -154,8 +146,8 @@ def tables(work):
         records.append(pd.read_csv(work/file.name.replace('trained', 'record', 1)))
     if rows:
         keys = ['cohort', 'arm', 'staged_by', 'fold', 'seed', 'subject']
-        merged([pd.DataFrame(rows).drop_duplicates(keys)], 'predictions', keys)
-        merged(records, 'records', ['arm', 'fold', 'seed', 'pass', 'modality'])
+        merged([pd.DataFrame(rows).drop_duplicates(keys)], OUT/'sleepsmc_predictions.csv', keys)
+        merged(records, OUT/'sleepsmc_records.csv', ['arm', 'fold', 'seed', 'pass', 'modality'])
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,6 +157,7 @@ def main():
     parser.add_argument('--folds', type=int, nargs='*', default=[0])
     parser.add_argument('--seeds', type=int, nargs='*', default=[0])
     args = parser.parse_args()
+    keep_memory()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.part == 'train':
         for seed in args.seeds:
