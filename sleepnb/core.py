@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['EPOCH_SEC', 'UNSCORED', 'Stage', 'Modality', 'SleepnbError', 'RecordingError', 'MontageError', 'HypnogramError',
-           'StoreError', 'SplitError', 'WeightsError', 'seed_of', 'rng']
+           'StoreError', 'SplitError', 'WeightsError', 'seed_of', 'rng', 'write_whole']
 
-# %% ../nbs/000_core.ipynb #2a996532
+# %% ../nbs/000_core.ipynb #0dd0fea5
 import json
+import os
 from enum import IntEnum, StrEnum
 from hashlib import blake2b
 from operator import index
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
@@ -81,3 +83,19 @@ def rng(
 )->np.random.Generator:
     "A fresh numpy generator for the draw that `keys` name."
     return np.random.default_rng(seed_of(*keys))
+
+# %% ../nbs/000_core.ipynb #a4c634dc
+def write_whole(
+    path:Path,     # replaced if it exists; its folder is made if need be
+    content:bytes,
+):
+    "Writes a file that is there whole or not at all."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp')
+    try:
+        with temporary.open('wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)

@@ -6,19 +6,17 @@
 __all__ = ['TRANSITIONS', 'sleep_statistics', 'transition_matrix', 'bouts', 'known_prob', 'smooth_stages', 'stage_table',
            'stage_annotations', 'write_stages']
 
-# %% ../nbs/580_hypnogram.ipynb #16a64bde
+# %% ../nbs/580_hypnogram.ipynb #c10d79e7
 import json
-import os
 from datetime import datetime, timezone
 from io import BytesIO
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import pandas as pd
 from edfio import Edf, EdfAnnotation, Recording
 
-from .core import EPOCH_SEC, UNSCORED, HypnogramError, SleepnbError, Stage
+from .core import EPOCH_SEC, UNSCORED, HypnogramError, SleepnbError, Stage, write_whole
 from .metrics import check_prob, check_stages
 
 # %% ../nbs/580_hypnogram.ipynb #a1c1db2d
@@ -162,22 +160,13 @@ def stage_annotations(
     if start is not None and start.tzinfo is None: start = start.replace(tzinfo=timezone.utc) # as mne reads files
     return mne.Annotations(table.onset, table.duration, 'Sleep stage ' + table.stage, orig_time=start)
 
-# %% ../nbs/580_hypnogram.ipynb #09f6e91d
+# %% ../nbs/580_hypnogram.ipynb #a192f0a6
 def _write(
     path:Path,
     content:bytes,
 ):
-    "Writes a file so that it is there whole or not at all."
-    temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open('wb') as f:
-                f.write(content)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-        finally: temporary.unlink(missing_ok=True)
+    "As `write_whole`; what the system refuses is said in our words."
+    try: write_whole(path, content)
     except OSError as error:
         raise SleepnbError('the file cannot be written', where=path, found=error.strerror,
                            remedy='Name another place, or ask for the right to write there.') from error

@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT', 'write_tensors', 'read_description', 'read_tensors', 'save_weights', 'load_weights']
 
-# %% ../nbs/510_weights.ipynb #ac5a24da
+# %% ../nbs/510_weights.ipynb #5ef208f1
 import json
-import os
 import platform
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,12 +18,12 @@ from safetensors.torch import save
 from torch import nn
 
 from . import __version__
-from .core import Modality, Stage, WeightsError
+from .core import Modality, Stage, WeightsError, write_whole
 from .models.network import Backbone, StageNetwork
 from .multimodal.sleepsmc import SleepSMC
 from .ssrl.mtssrl import MTSSRL
 
-# %% ../nbs/510_weights.ipynb #2364cb61
+# %% ../nbs/510_weights.ipynb #925631ce
 def _checksum(
     text:str,                          # the description, as the file has it
     tensors:dict[str, torch.Tensor],   # on the CPU
@@ -43,17 +41,8 @@ def write_tensors(
 )->Path:
     "Writes a file that is there whole or not at all."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors,text = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}, json.dumps(description)
-    made = save(tensors, metadata=dict(sleepnb=text, checksum=_checksum(text, tensors)))
-    temporary = path.with_name(f'.{path.name}.{uuid4().hex}.tmp')
-    try:
-        with temporary.open('wb') as f:
-            f.write(made)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    write_whole(path, save(tensors, metadata=dict(sleepnb=text, checksum=_checksum(text, tensors))))
     return path
 
 def _damaged(path, found):
