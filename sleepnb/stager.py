@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WHITE_RATIO', 'MAINS_SHARE', 'BATCH', 'LONG_HOURS',
-           'NIGHT_HOURS', 'signal_quality', 'Staging', 'Stager']
+           'NIGHT_HOURS', 'OWN_WEIGHTS', 'signal_quality', 'Staging', 'Stager']
 
 # %% ../nbs/600_stager.ipynb #3bfef7da
 from collections import Counter
@@ -446,12 +446,8 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #098b4b0e
-def _own_weights()->Path:
-    found = sorted(Path(str(resources.files('sleepnb')/'weights')).glob('*.safetensors'))
-    if not found:
-        raise WeightsError('no weights come with this version of sleepnb', remedy='Give the path of a weights file.')
-    return found[-1]
+# %% ../nbs/600_stager.ipynb #909592d4
+OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
     recording,                 # as given
@@ -512,7 +508,7 @@ class Stager:
         path:str|Path|None=None, # a weights file; by default the one that comes with sleepnb
     )->'Stager':
         "Raises `WeightsError` for a file that is missing, damaged or for something else."
-        if path is None: path = _own_weights()
+        path = path or OWN_WEIGHTS
         network,description = load_weights(path)
         return cls(network, description, Path(path).name)
 

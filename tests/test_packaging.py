@@ -9,6 +9,7 @@ def test_source_distribution(root, tmp_path):
         subprocess.run([sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path/f'dist-{source}'], cwd=tmp_path/source, check=True, capture_output=True)
         with tarfile.open(next((tmp_path/f'dist-{source}').glob('*.tar.gz'))) as tar: tar.extractall(tmp_path/f'out-{source}', filter='data')
         made = next((tmp_path/f'out-{source}').iterdir())
-        for name in ('settings.ini', 'README.md', 'LICENSE', 'sleepnb/positions.csv', 'sleepnb/sample/SC4001E0-PSG.edf', 'sleepnb/montage.py'):
+        for name in ('settings.ini', 'README.md', 'LICENSE', 'sleepnb/positions.csv', 'sleepnb/sample/SC4001E0-PSG.edf', 'sleepnb/synth.json',
+                     'sleepnb/stager.safetensors', 'sleepnb/montage.py'):
             assert (made/name).exists(), name
         if source == 'a': made.rename(tmp_path/'b')

@@ -288,11 +288,13 @@ def test_weights(network, x, tmp_path, edf):
     with pytest.raises(WeightsError, match='another order'): Stager(network, dict(stages=['R', 'W', 'N1', 'N2', 'N3']))
     with pytest.raises(WeightsError, match='no such file'): Stager.load(tmp_path/'none')
 
-def test_without_weights_of_its_own_it_asks_for_a_path(monkeypatch, tmp_path, network):
-    monkeypatch.setattr('sleepnb.stager.resources.files', lambda name: tmp_path)
-    with pytest.raises(WeightsError, match='Give the path'): Stager.load()
-    save_weights(tmp_path/'weights'/'stager.safetensors', network)
-    assert Stager.load().name == 'stager.safetensors'
+def test_the_weights_that_come_along_stage_the_real_night():
+    stager = Stager.load()
+    assert stager.any_montage and stager.modalities == ('EEG', 'EOG', 'EMG') and stager.primary is None
+    assert all(c.endswith('-simulated') for p in ('fitted', 'judged') for c in stager.description[p])
+    recording,hypnogram = sample_files()
+    least = dict(EEG=.6, EOG=.4)                                     # far above chance, which is 0
+    for m,kappa in least.items(): assert stager.stage(recording, (m,), hypnogram=hypnogram).agreement()['kappa'] > kappa
 
 def test_threads_are_given_back(stager, x):
     before = torch.get_num_threads()

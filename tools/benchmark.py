@@ -1,10 +1,11 @@
-"""Measures sleepnb beside other ways to do the same, and writes nbs/artifacts/benchmark_data.csv or benchmark_training.csv.
+"""Measures sleepnb beside other ways to do the same, and writes nbs/artifacts/benchmark_*.csv.
 
-    python tools/benchmark.py [data|training] [--repeats 5]
+    python tools/benchmark.py [data|training|staging] [--repeats 5]
 
 Each measurement is a process of its own, with one thread, warmed up; the ways alternate. What is written for `data`: CPU
 seconds of the work alone, and the peak memory of the process, imports included. For `training`, both ways run in the
-same process, by turns first, and CPU seconds of a step are written."""
+same process, by turns first, and CPU seconds of a step are written. For `staging`, all that a command costs, from its
+start to its end, and where its seconds go; the recording is that in the folder that SLEEPNB_DATA names."""
 import argparse, csv, json, os, platform, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -168,12 +169,75 @@ def benchmark_training(folder, repeats):
             rows += [dict(what=what, way=way, repeat=i, machine=machine, cpu_s=round(cpu_s, 5)) for way,cpu_s in made.items()]
     return rows
 
+STAGERS = { # name → code that stages the file and writes its stages as numbers, then says how long which part took
+    'sleepnb': '''
+from sleepnb.stager import Stager
+took('import')
+stager = Stager.load()
+took('open weights')
+staging = stager.stage(file, **(dict(channels=[channel], modalities=['EEG']) if channel else {}))
+took('stage')
+stages = staging.stages
+''',
+    'YASA': '''
+import mne, yasa
+took('import')
+raw = mne.io.read_raw_edf(file, preload=True, include=[f'EEG {channel}'], verbose='error')
+took('read')
+stages = yasa.SleepStaging(raw, eeg_name=f'EEG {channel}').predict()
+stages = getattr(stages, 'hypno', stages)
+stages = [dict(WAKE=0, W=0, N1=1, N2=2, N3=3, REM=4, R=4)[s] for s in stages]
+took('stage')
+'''}
+STAGE = '''
+import json, sys, time, warnings
+warnings.simplefilter('ignore')
+file,channel = sys.argv[1:]
+parts,last = {'start Python': time.process_time()}, time.process_time()
+def took(part):
+    global last
+    parts[part],last = time.process_time() - last, time.process_time()
+'''
+REPORT = "print(json.dumps(dict(parts=parts, stages=''.join(str(int(s)) for s in stages))))"
+
+def measure_whole(code, *args):
+    "Runs the code in a process with one thread; CPU seconds and peak memory of all of it, and what it prints."
+    environment = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
+    with tempfile.TemporaryFile('w+') as out:
+        run = subprocess.Popen([sys.executable, '-c', code, *args], env=environment, stdout=out, stderr=subprocess.DEVNULL)
+        _,status,used = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+        if run.returncode: raise SystemExit(f'exit {run.returncode}: {code}')
+        out.seek(0)
+        return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, json.loads(out.read().splitlines()[-1])
+
+def benchmark_staging(folder, repeats):
+    import numpy as np
+    from sklearn.metrics import cohen_kappa_score
+    from sleepnb.data.preprocess import crop_wake
+    from sleepnb.data.psg import align, read_hypnogram
+    files = Path(os.environ['SLEEPNB_DATA'])/'sleep-edf'/'sleep-cassette'
+    true = align(read_hypnogram(files/'SC4001EC-Hypnogram.edf'), 2650*30, None, 0.)[0]
+    keep = crop_wake(true, 30)
+    rows = []
+    for i in range(repeats):
+        for way,channel in (('YASA', 'Fpz-Cz'), ('sleepnb', 'Fpz-Cz'), ('sleepnb', '')):
+            cpu_s,peak_mb,made = measure_whole(STAGE + STAGERS[way] + REPORT, str(files/'SC4001E0-PSG.edf'), channel)
+            pred = np.array([int(c) if c in '01234' else -1 for c in made['stages'].replace('-1', '?')])
+            both = (true[keep] >= 0) & (pred[keep] >= 0)
+            kappa = cohen_kappa_score(true[keep][both], pred[keep][both])
+            rows.append(dict(way=way, channel=channel or 'EEG, EOG, EMG', repeat=i, machine=f'{platform.machine()}, {os.cpu_count()} cores',
+                             cpu_s=round(cpu_s, 2), peak_mb=round(peak_mb), kappa=round(kappa, 4), epochs=int(both.sum()),
+                             parts='; '.join(f'{k} {v:.2f}' for k,v in made['parts'].items())))
+            print(rows[-1], flush=True)
+    return rows
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('what', nargs='?', choices=('data', 'training'), default='data')
+    parser.add_argument('what', nargs='?', choices=('data', 'training', 'staging'), default='data')
     parser.add_argument('--repeats', type=int, default=5)
     args = parser.parse_args()
-    benchmark = dict(data=benchmark_data, training=benchmark_training)[args.what]
+    benchmark = dict(data=benchmark_data, training=benchmark_training, staging=benchmark_staging)[args.what]
     with tempfile.TemporaryDirectory() as folder: rows = benchmark(Path(folder), args.repeats)
     with (OUT/f'benchmark_{args.what}.csv').open('w', newline='') as f:
         writer = csv.DictWriter(f, rows[0], lineterminator='\n')
