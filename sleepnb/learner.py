@@ -6,7 +6,7 @@
 __all__ = ['mtssrl_learner', 'save_learner', 'saved_split', 'finetune_learner', 'fit_to_file', 'supervised_learner',
            'sleepsmc_learner', 'predict_stages', 'score_subsets', 'extract_features', 'load_learner']
 
-# %% ../nbs/530_learner.ipynb #001091a8
+# %% ../nbs/530_learner.ipynb #8c47db49
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -23,6 +23,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AvgMetric
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import find_bs, get_model
+from fastcore.basics import listify
 from torch import nn
 
 from .callbacks import (Checkpoint, KeepBest, ModalityRecord, Reproducible, TaskRecord, Unfreeze, digest, stage_metrics,
@@ -37,7 +38,7 @@ from .multimodal.sleepsmc import SleepSMC, SleepSMCLoss
 from .ssrl.mtssrl import MONITORS, MTSSRL, TASKS
 from .weights import load_weights, read_description, save_weights
 
-# %% ../nbs/530_learner.ipynb #bb54710a
+# %% ../nbs/530_learner.ipynb #d18c09b4
 def _check_loaders(dls, labelled):
     maker = 'labelled_loaders' if labelled else 'pretraining_loaders'
     kind = getattr(getattr(dls, 'train', None), 'labelled', None)
@@ -51,8 +52,6 @@ def _adamw(params, **kwargs): return OptimWrapper(params, opt=torch.optim.AdamW,
 
 def _weights_then_variances(network:MTSSRL)->list: # two parameter groups
     return [[p for n,p in network.named_parameters() if not n.startswith('weighting.')], [network.weighting.raw]]
-
-def _listed(cbs)->list: return list(cbs) if isinstance(cbs, (list, tuple)) else [cbs]
 
 def _total(pred:dict, rows:torch.Tensor)->torch.Tensor: return pred['loss']
 
@@ -88,7 +87,7 @@ def mtssrl_learner(
     if isinstance(encoder, str): backbone = dict(drop=0.) | (backbone or {})
     network = MTSSRL(Backbone(_montages(dls), encoder, align, **backbone or {}), tasks, weighting, **model or {})
     names = [*network.tasks, *(MONITORS[t] for t in network.tasks)]
-    return Learner(dls, network, _total, _adamw, lr, _weights_then_variances, [Reproducible(seed), TaskRecord(), *_listed(cbs)],
+    return Learner(dls, network, _total, _adamw, lr, _weights_then_variances, [Reproducible(seed), TaskRecord(), *listify(cbs)],
                    [_task_metric(n) for n in names], wd=[wd, 0.], **kwargs)
 
 # %% ../nbs/530_learner.ipynb #e4d603f2
@@ -123,7 +122,7 @@ def saved_split(
                            found=f'a file of the kind {described["kind"]}')
     return Split(**{f.name: split[f.name] for f in fields(Split)})
 
-# %% ../nbs/530_learner.ipynb #28cfe7e2
+# %% ../nbs/530_learner.ipynb #190ae782
 def _by_part(network:nn.Module)->list: # parameter groups, from the signal to the stage
     return [[p for module in part for p in module.parameters()] for part in network.parts.values()]
 
@@ -180,12 +179,12 @@ def finetune_learner(
     torch.manual_seed(seed)
     network = StageNetwork(move_to(backbone, _montages(dls), heads_of), hidden, drop)
     keep = KeepBest(patience=patience, start=max(unfreeze, default=0))
-    learn = _staging_learner(dls, network, [Reproducible(seed), Unfreeze(unfreeze), keep, *_listed(cbs)], lr=lr, wd=wd,
+    learn = _staging_learner(dls, network, [Reproducible(seed), Unfreeze(unfreeze), keep, *listify(cbs)], lr=lr, wd=wd,
                              train_bn=False, **kwargs)
     learn.seen_before,learn.origin = seen, digest(*(v.cpu().numpy() for v in backbone.state_dict().values()))
     return learn
 
-# %% ../nbs/530_learner.ipynb #8f23c225
+# %% ../nbs/530_learner.ipynb #e2980698
 def _check_room(path:Path):
     "Can weights be written there?"
     if path.suffix != '.safetensors' or path.is_dir():
@@ -220,7 +219,7 @@ def fit_to_file(
         raise WeightsError('there are other weights already', where=path, found=f'another training: other {", ".join(differ)}',
                            remedy='Name another file, or delete this one.')
     checkpoint = path.with_suffix('.checkpoint.safetensors')
-    learn.fit(n_passes, cbs=[Checkpoint(checkpoint, every_sec), *_listed(cbs)])
+    learn.fit(n_passes, cbs=[Checkpoint(checkpoint, every_sec), *listify(cbs)])
     if not all(v.isfinite().all() for v in get_model(learn.model).state_dict().values()):
         raise SleepnbError('the training diverged', where=checkpoint, expected='weights that are numbers',
                            remedy='Delete this file, and train again with a lower learning rate.')
@@ -228,7 +227,7 @@ def fit_to_file(
     checkpoint.unlink(missing_ok=True)
     return True
 
-# %% ../nbs/530_learner.ipynb #70be979a
+# %% ../nbs/530_learner.ipynb #68cad537
 def supervised_learner(
     dls:DataLoaders,                # of `labelled_loaders`
     encoder:str|nn.Module='compact',# as `Backbone` takes it
@@ -247,10 +246,10 @@ def supervised_learner(
     _check_loaders(dls, labelled=True)
     torch.manual_seed(seed)
     network = StageNetwork(Backbone(_montages(dls), encoder, align, **backbone or {}), hidden, drop)
-    cbs = [Reproducible(seed), KeepBest(patience=patience), *_listed(cbs)]
+    cbs = [Reproducible(seed), KeepBest(patience=patience), *listify(cbs)]
     return _staging_learner(dls, network, cbs, lr=lr, wd=wd, **kwargs)
 
-# %% ../nbs/530_learner.ipynb #bd22bc40
+# %% ../nbs/530_learner.ipynb #dc8693ea
 def _adam(params, **kwargs): return OptimWrapper(params, opt=torch.optim.Adam, **kwargs)
 
 def _sleepsmc(dls, network, loss, cbs=(), **kwargs)->Learner:
@@ -278,7 +277,7 @@ def sleepsmc_learner(
                            remedy="Make their loaders with modalities=('EEG', 'EOG', 'EMG').")
     torch.manual_seed(seed)
     network = SleepSMC(_montages(dls), tuple(dls.train.picks[0]), primary, channel_mode, **model or {})
-    cbs = [Reproducible(seed), KeepBest('accuracy', patience, tie='valid_loss'), ModalityRecord(), *_listed(cbs)]
+    cbs = [Reproducible(seed), KeepBest('accuracy', patience, tie='valid_loss'), ModalityRecord(), *listify(cbs)]
     return _sleepsmc(dls, network, dict(uncertainty=uncertainty, contrast=contrast) | (loss or {}), cbs, lr=lr, **kwargs)
 
 # %% ../nbs/530_learner.ipynb #5e823534

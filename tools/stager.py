@@ -13,8 +13,10 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+import numpy as np
 import pandas as pd
 import torch
+from torch.fft import irfft, rfft
 
 from mtssrl import merged
 from sleepnb.callbacks import Checkpoint, TrainingCallback, keep_memory
@@ -42,8 +44,6 @@ COHORTS = { # channels and population; the first is written as files, with the c
     'cap': (('F3', 'F4', 'C3', 'C4', 'O1', 'O2', 'Fpz', 'Fz', 'Cz', 'Pz', 'Oz', 'HEOG', 'Chin'), 'older'),
     'headband': (('AF7-Fpz', 'AF8-Fpz', 'E1-M2'), 'adult')}
 NEW = {'ears': (('T9-T10', 'HEOG', 'Chin'), 'adult'), 'bipolar': (('F4-C4', 'C4-O2', 'HEOG', 'Chin'), 'older')} # never trained on
-CONTRAST,EACH = dict(uncertainty=False), dict(uncertainty=False, contrast=False)
-ARMS = {'contrast': CONTRAST, 'no contrast': EACH, 'reliability': {}}       # further arguments of the learner
 
 def read_synth(row, cohort):
     channels,population = (COHORTS | NEW)[cohort]
@@ -64,24 +64,63 @@ def loaders(work):
     stores = Stores([store_of(work, c) for c in COHORTS])
     return labelled_loaders(stores, holdout_split(stores.nights), bs=BATCH, modalities=MODALITIES)
 
-class OtherRecorders(TrainingCallback):
-    "Makes recordings differ more than simulated ones do: in their scale, and in the electrodes that work."
+NODES = np.log([.3, 1, 3, 8, 15, 30, 50])     # Hz, between which a recorder's response is drawn as a line over log f
+
+class OtherElectrodes(TrainingCallback):
+    "Makes channels differ in scale, and hides some of the EEG."
     settings = ('spread', 'lost')
     def __init__(self, spread=.2, lost=.3): self.spread,self.lost = spread, lost
     def before_batch(self):
+        if self.training:
+            for of in self.xb[0][1].values():
+                for modality,part in of.items(): self.change(modality, part)
+    def change(self, modality, part):
+        part['scale'] = part['scale'] * (self.spread * torch.randn_like(part['scale'])).exp()
+        if modality == Modality.EEG:
+            kept = part['there'] & (torch.rand(part['there'].shape) >= self.lost)
+            part['there'] = torch.where(kept.any(1, keepdim=True), kept, part['there'])
+
+class OtherRecorders(OtherElectrodes):
+    "Moreover responses, noise, the shape of muscle envelopes, and what eye electrodes hear of the brain: simulated recorders are all alike."
+    settings = ('spread', 'lost', 'decibel', 'noise', 'leak')
+    def __init__(self, spread=.3, lost=.3, decibel=3., noise=.3, leak=.3):
+        super().__init__(spread, lost)
+        self.decibel,self.noise,self.leak = decibel, noise, leak
+    def before_batch(self):
         if not self.training: return
         for of in self.xb[0][1].values():
-            for modality,part in of.items():
-                part['scale'] = part['scale'] * (self.spread * torch.randn_like(part['scale'])).exp()
-                if modality == Modality.EEG:
-                    kept = part['there'] & (torch.rand(part['there'].shape) >= self.lost)
-                    part['there'] = torch.where(kept.any(1, keepdim=True), kept, part['there'])
+            eeg,eog = of[Modality.EEG], of[Modality.EOG]
+            if eog['x'].shape[1]: eog['x'] = eog['x'] + self.leak * torch.randn(len(eog['x']), 1, 1) * eeg['x'][:, :1]
+        super().before_batch()
+    def change(self, modality, part):
+        super().change(modality, part)
+        x,scale = part['x'], part['scale'][..., None]
+        if not x.shape[1]: return
+        held = (x[..., ::100] == x[..., 50::100]).all(-1).all(-1)               # once a second: an envelope
+        level = self.noise * torch.rand(len(x), 1, 1)**2 * ~held[:, None, None]
+        heard = irfft(rfft(x) * self.response(len(x)), x.shape[-1]) + scale * level * torch.randn_like(x)
+        part['x'] = torch.where(held[:, None, None], x, heard)
+        if modality == Modality.EMG:
+            part['median'] = part['median'] + .3 * part['scale'] * torch.randn_like(part['median'])
+            median,power = part['median'][..., None], (.3 * torch.randn(len(x), 1, 1)).exp()
+            z = (x - median) / scale
+            part['x'] = torch.where(held[:, None, None], median + scale * z.sign() * z.abs()**power, part['x'])
+    def response(self, n): # of `n` recorders, one factor per frequency of an epoch
+        at = np.interp(np.log(np.maximum(np.fft.rfftfreq(3000, .01), .3)), NODES, np.arange(len(NODES)))
+        low,share = torch.tensor(np.minimum(at.astype(int), len(NODES) - 2)), torch.tensor(at % 1, dtype=torch.float32)
+        share = torch.where(torch.tensor(at) == len(NODES) - 1, 1., share)
+        gain = self.decibel * torch.randn(n, len(NODES))
+        return 10**((gain[:, low] * (1 - share) + gain[:, low + 1] * share) / 20)[:, None]
+
+ARMS = { # what makes recordings differ; further arguments of the learner
+    'electrodes': (OtherElectrodes, dict(uncertainty=False)),
+    'recorders': (OtherRecorders, dict(uncertainty=False))}
 
 def train(work, arm):
     out = work/f'{arm}.safetensors'
     if out.exists(): return
     dls = loaders(work)
-    learn = sleepsmc_learner(dls, None, 'cam', model=dict(hide=.3, n_chans=dict(EEG=4)), cbs=OtherRecorders(), **ARMS[arm])
+    learn = sleepsmc_learner(dls, None, 'cam', model=dict(hide=.3, n_chans=dict(EEG=4)), cbs=ARMS[arm][0](), **ARMS[arm][1])
     print(arm, len(dls.train), 'steps a pass', flush=True)
     with learn.no_bar(): learn.fit_one_cycle(PASSES, LR, cbs=Checkpoint(work/f'{arm}.checkpoint'))
     pd.DataFrame(list(learn.recorder.values), columns=learn.recorder.metric_names[1:-1]).to_csv(out.with_suffix('.csv'), index=False)
