@@ -26,7 +26,7 @@ from .montage import resolve_montage
 from .plots import plot_confusion, plot_hypnodensity, plot_hypnogram, plot_spectrogram
 from .stager import QUALITIES, Staging, open_source, read_terms, signal_quality
 
-# %% ../nbs/630_report.ipynb #e31f73b0
+# %% ../nbs/630_report.ipynb #f1527d86
 _INK = '#010203' # what is drawn in this colour gets that of the page's text
 _STYLE = {'svg.fonttype': 'none', **dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color',
                                                     'ytick.color'), _INK)}
@@ -43,6 +43,7 @@ def _svg(
         fig.savefig(made, format='svg', transparent=True, dpi=144,
                     metadata=dict.fromkeys(['Creator', 'Date', 'Format', 'Type'])) # the same night makes the same file
     svg = re.sub(r'<g id="[^"]*"', '<g', made.getvalue().partition('<svg')[2]).replace(_INK, 'currentColor')
+    svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r'(\.\d)\d+', r'\1', m[0]), svg)      # a tenth of a point is enough
     return f'<svg role="img" aria-label="{escape(label)}"' + svg
 
 # %% ../nbs/630_report.ipynb #a255bc6a
