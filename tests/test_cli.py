@@ -517,13 +517,13 @@ def test_wrong_uses_of_stage_are_told_in_one_line_and_leave_nothing(why, shelf, 
     assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
     assert {p: p.stat().st_mtime_ns for p in shelf.rglob('*')} == before
 
-def test_stage_without_weights_asks_for_some(shelf, tmp_path, monkeypatch):
-    monkeypatch.setattr('sleepnb.stager.resources.files', lambda name: tmp_path)
+def test_stage_takes_the_weights_that_come_along(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr('sleepnb.stager.OWN_WEIGHTS', tmp_path/'own.safetensors')
     done = call('stage', shelf/'night.edf', '--out', tmp_path/'new')
-    assert done.returncode == 2 and 'no weights come with this version' in done.stderr and not [*tmp_path.iterdir()]
-    (tmp_path/'weights').mkdir()
-    shutil.copy(shelf/'toy.safetensors', tmp_path/'weights'/'stager.safetensors')
-    assert call('stage', shelf/'night.edf', '--out', tmp_path/'new').returncode == 0
+    assert done.returncode == 2 and 'own.safetensors: there is no such file' in done.stderr and not [*tmp_path.iterdir()]
+    shutil.copy(shelf/'toy.safetensors', tmp_path/'own.safetensors')
+    done = call('stage', shelf/'night.edf', '--out', tmp_path/'new')
+    assert done.returncode == 0 and 'staged by own.safetensors' in done.stdout
 
 # Wrong uses
 
