@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRANSITIONS', 'sleep_statistics', 'transition_matrix', 'bouts', 'known_prob', 'smooth_stages', 'stage_table',
-           'stage_annotations', 'write_stages']
+           'stage_annotations', 'write_file', 'write_stages']
 
-# %% ../nbs/580_hypnogram.ipynb #c10d79e7
+# %% ../nbs/580_hypnogram.ipynb #26467bd4
 import json
 from datetime import datetime, timezone
 from io import BytesIO
@@ -17,6 +17,7 @@ import pandas as pd
 from edfio import Edf, EdfAnnotation, Recording
 
 from .core import EPOCH_SEC, UNSCORED, HypnogramError, SleepnbError, Stage, write_whole
+from .data.psg import STAGED
 from .metrics import check_prob, check_stages
 
 # %% ../nbs/580_hypnogram.ipynb #a1c1db2d
@@ -160,18 +161,18 @@ def stage_annotations(
     if start is not None and start.tzinfo is None: start = start.replace(tzinfo=timezone.utc) # as mne reads files
     return mne.Annotations(table.onset, table.duration, 'Sleep stage ' + table.stage, orig_time=start)
 
-# %% ../nbs/580_hypnogram.ipynb #a192f0a6
-def _write(
+# %% ../nbs/580_hypnogram.ipynb #b0a03245
+def write_file(
     path:Path,
     content:bytes,
 ):
-    "As `write_whole`; what the system refuses is said in our words."
+    "As `write_whole`; raises `SleepnbError` where nothing can be written."
     try: write_whole(path, content)
     except OSError as error:
         raise SleepnbError('the file cannot be written', where=path, found=error.strerror,
                            remedy='Name another place, or ask for the right to write there.') from error
 
-# %% ../nbs/580_hypnogram.ipynb #c95b3628
+# %% ../nbs/580_hypnogram.ipynb #01b0e930
 _SIDECAR = {
     'onset': dict(Description='Start of the epoch, from the start of the recording', Units='s'),
     'duration': dict(Description='Length of the epoch', Units='s'),
@@ -187,12 +188,12 @@ def _edf_bytes(
         raise SleepnbError('EDF has no such year', expected='1985 to 2084', found=str(start.year),
                            remedy='A date that was moved for privacy can be moved again: start.replace(year=2000).')
     notes = [EdfAnnotation(b.onset, b.duration, f'Sleep stage {b.stage}') for b in bouts(stages, epoch_sec, onset).itertuples()]
-    when = dict(recording=Recording(startdate=start.date()), starttime=start.time()) if start else {}
+    who = Recording(startdate=start and start.date(), equipment_code=STAGED)
     made = BytesIO()
-    Edf([], annotations=notes, **when).write(made)
+    Edf([], annotations=notes, recording=who, starttime=start and start.time()).write(made)
     return made.getvalue()
 
-# %% ../nbs/580_hypnogram.ipynb #c47c4dfa
+# %% ../nbs/580_hypnogram.ipynb #3403bf29
 def write_stages(
     path:str|Path,            # ends in `.csv`, `.tsv`, `_events.tsv` or `.edf`
     stages,                   # stage codes, `(epochs,)`; −1 for unscored
@@ -208,13 +209,13 @@ def write_stages(
     path,table = Path(path).expanduser(), stage_table(stages, prob, quality, epoch_sec, onset)
     if not len(table): raise HypnogramError('there is no epoch to write', where=path)
     kind = path.suffix.casefold()
-    if kind == '.edf': _write(path, _edf_bytes(stages, start, epoch_sec, onset))
+    if kind == '.edf': write_file(path, _edf_bytes(stages, start, epoch_sec, onset))
     elif kind == '.tsv' and path.stem.endswith('_events'):
-        _write(path.with_suffix('.json'), json.dumps(_SIDECAR, indent=1).encode())
+        write_file(path.with_suffix('.json'), json.dumps(_SIDECAR, indent=1).encode())
         events = table[['onset', 'duration', 'stage']].rename(columns=dict(stage='trial_type'))
-        _write(path, events.to_csv(sep='\t', index=False, lineterminator='\n').encode())
+        write_file(path, events.to_csv(sep='\t', index=False, lineterminator='\n').encode())
     elif kind in ('.csv', '.tsv'):
-        _write(path, table.to_csv(sep=',' if kind == '.csv' else '\t', index=False, lineterminator='\n').encode())
+        write_file(path, table.to_csv(sep=',' if kind == '.csv' else '\t', index=False, lineterminator='\n').encode())
     else: raise SleepnbError('this ending is not known', where=path, expected='.csv, .tsv, _events.tsv or .edf',
                              found=path.suffix or 'none')
     return path

@@ -124,7 +124,7 @@ def plot_hypnodensity(
     _time_axis(ax, edges, start, epoch_sec)
     return ax
 
-# %% ../nbs/590_plots.ipynb #e1b8fb9a
+# %% ../nbs/590_plots.ipynb #31e9ea27
 def _multitaper(
     epochs:np.ndarray, # µV, `(windows, samples)`
     fs:float,          # Hz
@@ -138,7 +138,7 @@ def _multitaper(
     return freqs[keep], np.stack(power) * 2/fs
 
 def plot_spectrogram(
-    x,                        # one channel, µV, `(samples,)`
+    x,                        # one channel, µV, `(samples,)`; an epoch with NaN stays empty
     fs:float,                 # Hz
     stages=None,              # stage codes, `(epochs,)`, to draw beneath
     start:datetime|None=None, # of the first sample, for clock time
@@ -159,7 +159,7 @@ def plot_spectrogram(
     freqs,power = _multitaper(x[:len(x)//n * n].reshape(-1, n), fs, fmax)
     every = max(round(.25 / freqs[0]), 1)                            # no more can be seen: the tapers spread it further
     decibel = 10*np.log10(np.maximum(power[:, ::every], 1e-12))      # a flat channel has no logarithm
-    edges,(low,high) = _edges(len(power), start, epoch_sec), np.percentile(decibel, [trim, 100 - trim])
+    edges,(low,high) = _edges(len(power), start, epoch_sec), np.nanpercentile(decibel, [trim, 100 - trim])
     image = ax.imshow(decibel.T, aspect='auto', origin='lower', interpolation='nearest', cmap='viridis', vmin=low, vmax=high,
                       extent=(edges[0], edges[-1], freqs[0], freqs[-1]))
     ax.figure.colorbar(image, ax=ax, label='dB (1 µV²/Hz)', pad=.01)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WHITE_RATIO', 'MAINS_SHARE', 'BATCH', 'LONG_HOURS',
-           'NIGHT_HOURS', 'OWN_WEIGHTS', 'signal_quality', 'Staging', 'Stager']
+           'NIGHT_HOURS', 'OWN_WEIGHTS', 'signal_quality', 'open_source', 'read_terms', 'Staging', 'Stager']
 
 # %% ../nbs/600_stager.ipynb #3bfef7da
 from collections import Counter
@@ -151,16 +151,17 @@ def signal_quality(
         made[rows] = found
     return np.array(QUALITIES)[made]
 
-# %% ../nbs/600_stager.ipynb #989f2567
+# %% ../nbs/600_stager.ipynb #5e1c4470
 class _NightSource:
     "Gives the channels of a `Night` as a file would."
     def __init__(self, night): self.night = night
     def read(self, i): return np.asarray(self.night.x[i], np.float32)
 
-def _open(
+def open_source(
     source:str|Path|Night,  # or an mne `Raw`
-    unit:str|None,
+    unit:str|None=None,     # overrides the file's unit
 )->tuple[Recording, str]:   # the recording; a short name for it
+    "As `open_recording`; takes a `Night`, too."
     if isinstance(source, Night):
         made = Recording(source.where or 'the night', [c.name for c in source.channels], list(source.fs), source.start,
                          len(source.stages) * float(EPOCH_SEC), [], _NightSource(source))
@@ -169,12 +170,15 @@ def _open(
     files = getattr(source, 'filenames', None) or () if not isinstance(source, (str, Path)) else [source]
     return made, Path(files[0]).stem if files and files[0] else 'recording'
 
-def _signal(
+def read_terms(
     recording:Recording,
     terms:dict[int, int],   # number in the file → sign
     cache:dict,             # number in the file → signal, of those read before
     span:tuple[float, int], # seconds to the first epoch; number of epochs
 )->tuple[np.ndarray, float]: # µV, as recorded, may have NaN; Hz
+    """The epochs of a channel that is the sum or difference of recorded ones.
+
+    Raises `RecordingError` when these have different rates."""
     rates = {recording.fs[i] for i in terms}
     if len(rates) > 1:
         raise RecordingError('two channels of different rates cannot be subtracted', where=recording.where,
@@ -201,7 +205,7 @@ def _at_100_hz(
     short = n*EPOCH_SEC*FS - len(y)
     return to_epochs(np.pad(y, (0, short), 'edge') if short > 0 else y)[:n]
 
-# %% ../nbs/600_stager.ipynb #24be3dfb
+# %% ../nbs/600_stager.ipynb #c6b29f31
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -251,7 +255,7 @@ def _prepare(
     x,quality = [], np.empty((n, len(made)), 'U8')
     left = Counter(i for d in made for i in d.terms)
     for k,d in enumerate(made):
-        signal,fs = _signal(recording, d.terms, cache, span)
+        signal,fs = read_terms(recording, d.terms, cache, span)
         modality = d.got.modality
         quality[:, k] = signal_quality(signal, fs, modality, n)
         if len(d.terms) > 1:                                          # the difference hides where an amplifier ends
@@ -566,7 +570,7 @@ class Stager:
         """Stages one recording.
 
         Raises `RecordingError`, `MontageError` or `HypnogramError`, each with the file and what to do."""
-        source,name = _open(recording, unit)
+        source,name = open_source(recording, unit)
         found,cohort = self.choose(source.names, modalities, aliases, channels, source.where)
         reference,onset,notes = _scored(recording, source, hypnogram)
         n = int((source.duration - onset + 1e-3) // EPOCH_SEC)

@@ -16,11 +16,15 @@ from sleepnb import cli
 from sleepnb.callbacks import TerminalProgress
 from sleepnb.core import RecordingError, Stage
 from sleepnb.data.loaders import labelled_loaders
-from sleepnb.data.psg import describe, find_hypnogram, sample_files
+from sleepnb.data.psg import describe, find_hypnogram, read_night, sample_files
 from sleepnb.data.splits import Split
 from sleepnb.data.store import EpochStore
 from sleepnb.learner import load_learner, predict_stages, saved_split
-from sleepnb.weights import load_weights, read_description, write_tensors
+from sleepnb.models.network import Backbone, StageNetwork
+from sleepnb.multimodal.sleepsmc import SleepSMC
+from sleepnb.ssrl.mtssrl import MTSSRL
+from sleepnb.stager import Stager
+from sleepnb.weights import load_weights, read_description, save_weights, write_tensors
 
 SLEEPNB = Path(sys.executable).with_name('sleepnb')
 
@@ -171,7 +175,7 @@ def test_info_of_what_staging_cannot_use(tmp_path):
     done = call('info', edf)
     assert done.returncode == 0 and done.stdout.count('not used') == 3
 
-@pytest.mark.parametrize('args', [['--help'], ['pretrain', '--help'], ['info', str(sample_files()[0])]], ids=lambda a: a[0])
+@pytest.mark.parametrize('args', [['--help'], ['pretrain', '--help'], ['stage', '--help'], ['info', str(sample_files()[0])]], ids=lambda a: a[0])
 def test_quick_commands_load_nothing_that_takes_long(args):
     heavy = ['torch', 'fastai', 'mne', 'scipy', 'sklearn', 'matplotlib']
     code = f'import sys\nsys.argv = ["sleepnb", *{args}]\nfrom sleepnb.cli import main\ntry: main()\n' \
@@ -179,7 +183,7 @@ def test_quick_commands_load_nothing_that_takes_long(args):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]', done.stderr
 
-@pytest.mark.parametrize('command', ['info', 'prepare', 'pretrain', 'finetune', 'train supervised', 'evaluate'])
+@pytest.mark.parametrize('command', ['info', 'prepare', 'pretrain', 'finetune', 'train supervised', 'evaluate', 'stage'])
 def test_help_teaches_by_examples(command):
     done = call(*command.split(), '--help')
     assert done.returncode == 0 and f'  sleepnb {command} ' in done.stdout
@@ -325,6 +329,201 @@ def test_scores_are_those_of_another_library(isruc, tuned):
     assert found['by_night'][0]['kappa'] == scores['kappa']['value']
     text = call('evaluate', isruc, '--weights', tuned).stdout
     assert f'1 subject, 1 night, {len(true)} epochs (split {split.id})' in text and f'{f1.mean():.3f}' in text
+
+# stage
+
+@pytest.fixture(scope='module')
+def shelf(tmp_path_factory):
+    "Recordings of 95 s, weights of networks that have learned nothing, and much that is wrong."
+    folder = tmp_path_factory.mktemp('shelf')
+    for name in ('night', 'other', 'deep/night'): write_edf(folder/f'{name}.edf', seed=len(name))
+    write_edf(folder/'eyes.edf', ['EOG Left', 'EOG Right'])
+    write_edf(folder/'breath.edf', ['Flow', 'Snore', 'ECG'])
+    write_edf(folder/'lab.edf', ['one', 'two'])
+    write_edf(folder/'short.edf', seconds=20)
+    torch.manual_seed(0)
+    toy = SleepSMC({'home': ['C3-M2', 'HEOG', 'Chin']}, primary=None, channel_mode='cam', n_chans={'EEG': 1})
+    recipe = dict(name='toy', eeg=[.3, 40.], eog=[.3, 40.], emg=[10., None], ecg=[.3, 40.])
+    save_weights(folder/'toy.safetensors', toy, recipe=recipe)
+    save_weights(folder/'fixed.safetensors', StageNetwork(Backbone({'a': ['C3-M2']})))
+    save_weights(folder/'encoder.safetensors', MTSSRL(Backbone({'a': ['C3-M2']})))
+    write_tensors(folder/'checkpoint.safetensors', {}, dict(kind='checkpoint', format=1))
+    (folder/'cut.safetensors').write_bytes((folder/'toy.safetensors').read_bytes()[:-100])
+    (folder/'cut.edf').write_bytes((folder/'night.edf').read_bytes()[:-1000])
+    (folder/'empty.edf').write_bytes(b'')
+    (folder/'taken').mkdir()
+    texts = {'text.edf': 'This is a text.', 'text.safetensors': 'This is a text.', 'words.csv': 'onset,duration,stage\n0,30,dream\n',
+             'late.csv': 'onset,duration,stage\n90000,30,W\n', 'numbers.txt': '0\n1\n2\n', 'scorers.csv': 'onset,duration,anna,bo\n0,30,W,N1\n',
+             'taken/night_stages.csv': 'onset,duration,stage\n0,90,W\n', 'scored.csv': 'onset,duration,stage\n0,60,N2\n60,30,W\n'}
+    for name,text in texts.items(): (folder/name).write_text(text)
+    return folder
+
+def stage(shelf, *args): # @ is the shelf
+    return call('stage', *(str(a).replace('@', f'{shelf}/') for a in args), '--weights', shelf/'toy.safetensors')
+
+def test_stage_writes_what_python_gives(shelf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = stage(shelf, '@night.edf')
+    assert done.returncode == 0 and not done.stderr and [*tmp_path.iterdir()] == [tmp_path/'night_stages.csv']
+    expected = Stager.load(shelf/'toy.safetensors').stage(shelf/'night.edf')
+    table = pd.read_csv('night_stages.csv')
+    assert list(table.columns) == ['onset', 'duration', 'stage', 'p_W', 'p_N1', 'p_N2', 'p_N3', 'p_R', 'quality']
+    pd.testing.assert_frame_equal(table, expected.table, check_dtype=False)
+    assert 'EEG  C3-M2' in done.stdout and 'written: night_stages.csv' in done.stdout and 'flagged epochs: C3-M2 3 noise' in done.stdout
+    assert f'TST {(expected.stages > 0).sum() / 2:.1f} min' in done.stdout and 'agreement' not in done.stdout
+
+def test_stage_as_json_and_with_a_hypnogram(shelf, tmp_path):
+    done = stage(shelf, '@night.edf', '@eyes.edf', '--json', '--out', tmp_path, '--report')
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and [o['file'] for o in found] == [str(shelf/f'{n}.edf') for n in ('night', 'eyes')]
+    assert found[1]['channels_used'] == ['E1-E2'] and found[1]['agreement'] is None and found[1]['statistics']['TIB'] == 1.5
+    assert {p.name for p in tmp_path.iterdir()} == {f'{n}_{o}' for n in ('night', 'eyes') for o in ('stages.csv', 'report.html')}
+    assert 'Spectrogram' in (tmp_path/'eyes_report.html').read_text()
+    real,scored = sample_files()
+    one, = (json.loads(o) for o in stage(shelf, real, '--json', '--out', tmp_path).stdout.splitlines())
+    true = pd.Series(read_night(real, scored, wanted=['Fpz-Cz']).stages).map(lambda s: Stage(s).label)    # found beside it
+    pred,agreement = pd.read_csv(tmp_path/'SC4001E0-PSG_stages.csv').stage, one['agreement']
+    assert one['stages'] == pred.tolist() and agreement['epochs'] == 841
+    labels = [s.label for s in Stage]
+    f1 = dict(zip(labels, f1_score(true, pred, labels=labels, average=None, zero_division=0)))
+    assert agreement['f1'] == pytest.approx(f1, abs=1e-6) and agreement['macro_f1'] == pytest.approx(np.mean([*f1.values()]), abs=1e-6)
+    assert agreement['kappa'] == pytest.approx(cohen_kappa_score(true, pred), abs=1e-6)
+    assert agreement['accuracy'] == pytest.approx((true == pred).mean(), abs=1e-6)
+
+def test_stage_compares_with_what_is_beside_but_never_with_itself(shelf, tmp_path):
+    shutil.copy(sample_files()[0], edf := tmp_path/'night.edf')
+    (tmp_path/'night_anna.csv').write_text('onset,duration,stage\n0,600,W\n600,300,N2\n')
+    for _ in range(2):
+        done = stage(shelf, edf, '--out', tmp_path)
+        assert done.returncode == 0 and f'agreement with {tmp_path/"night_anna.csv"}' in done.stdout and 'over 30 epochs' in done.stdout
+    (tmp_path/'night_anna.csv').write_text('onset,duration,stage\n0,30,0\n')
+    done = stage(shelf, edf, '--out', tmp_path)
+    assert done.returncode == 0 and 'no agreement is computed' in done.stderr and '--vocabulary sleepnb' in done.stderr
+    (tmp_path/'night_anna.csv').unlink()
+    done = stage(shelf, edf, '--out', tmp_path)
+    assert done.returncode == 0 and 'agreement' not in done.stdout + done.stderr
+
+def test_stage_compares_with_stages_in_the_recording_itself(shelf, tmp_path):
+    x = np.cumsum(np.random.default_rng(0).normal(0, 3, 9000)) % 100
+    Edf([EdfSignal(x, 100, label='EEG C3-A2', physical_dimension='uV', physical_range=(-1, 100))],
+        annotations=[EdfAnnotation(0, 30, 'Sleep stage W'), EdfAnnotation(30, 60, 'Sleep stage N2')]).write(tmp_path/'own.edf')
+    found = json.loads(stage(shelf, tmp_path/'own.edf', '--json', '--out', tmp_path).stdout)
+    assert found['agreement']['epochs'] == sum(s != '?' for s in found['stages']) == 3
+
+@pytest.mark.parametrize('kind,name', [('tsv', 'night_stages.tsv'), ('bids', 'night_desc-stages_events.tsv'), ('edf', 'night_stages.edf')])
+def test_stage_in_other_formats(shelf, tmp_path, kind, name):
+    for _ in range(2): assert stage(shelf, '@night.edf', '--format', kind, '--out', tmp_path).returncode == 0
+    assert {p.name for p in tmp_path.iterdir()} == {name, name.replace('.tsv', '.json') if kind == 'bids' else name}
+
+def test_stage_with_names_and_choices_of_ones_own(shelf, tmp_path):
+    done = stage(shelf, '@lab.edf', '--alias', 'one=C3-M2', '--alias', 'two=E1-M2', '--out', tmp_path, '--report', '--smooth', '--json')
+    assert json.loads(done.stdout)['channels_used'] == ['C3-M2', 'E1-M2'] and 'smoothed' in (tmp_path/'lab_report.html').read_text()
+    for choice in (('--channels', 'C3-M2'), ('--modalities', 'EEG')):
+        done = stage(shelf, '@night.edf', *choice, '--out', tmp_path, '--json')
+        assert json.loads(done.stdout)['channels_used'] == ['C3-M2']
+
+def test_a_bad_recording_does_not_stop_the_others(shelf, tmp_path, monkeypatch):
+    done = stage(shelf, '@night.edf', '@cut.edf', '@none.edf', '@eyes.edf', '--out', tmp_path, '--report')
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 2 and done.stdout.count('written: ') == 2
+    assert {p.name.split('_')[0] for p in tmp_path.iterdir()} == {'night', 'eyes'}
+    done = stage(shelf, '@cut.edf', '@none.edf', '--out', tmp_path/'new')
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2 and not (tmp_path/'new').exists()
+    whole = Stager.stage
+    def fail(self, file, **how): return 1/0 if file.stem == 'other' else whole(self, file, **how)
+    monkeypatch.setattr(Stager, 'stage', fail)                           # what nobody foresaw
+    done = stage(shelf, '@other.edf', '@eyes.edf', '--out', tmp_path/'new')
+    assert done.returncode == 1 and done.stderr == f'sleepnb: {shelf}/other.edf: ZeroDivisionError: division by zero. SLEEPNB_DEBUG=1 shows where.\n'
+    assert [p.name for p in (tmp_path/'new').iterdir()] == ['eyes_stages.csv']
+
+def test_a_terminal_is_told_which_recording_is_staged(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stream, 'isatty', lambda self: True)
+    done = stage(shelf, '@night.edf', '@eyes.edf', '--out', tmp_path)
+    assert done.stderr.splitlines() == [f'sleepnb: {i} of 2, {shelf}/{n}.edf' for i,n in ((1, 'night'), (2, 'eyes'))]
+
+@pytest.mark.parametrize('when', ['staging', 'writing', 'reporting'])
+def test_ctrl_c_leaves_whole_files_only(shelf, tmp_path, monkeypatch, when):
+    (tmp_path/'eyes_stages.csv').write_text(before := 'stage,p_W of an earlier run')
+    def press(*args, **how):
+        if when != 'staging' or args[1].stem == 'eyes': signal.raise_signal(signal.SIGINT)
+        return whole(*args, **how)
+    place = dict(staging=(Stager, 'stage'), writing=(os, 'fsync'), reporting=(os, 'replace'))[when]
+    whole,calls = getattr(*place), []
+    def second(*args): # of the second recording
+        calls.append(args)
+        return press() if len(calls) == {'writing': 3, 'reporting': 4}[when] else whole(*args)
+    monkeypatch.setattr(*place, press if when == 'staging' else second)
+    done = stage(shelf, '@night.edf', '@eyes.edf', '--out', tmp_path, '--report')
+    assert done.returncode == 130 and done.stderr.startswith('sleepnb: interrupted.') and len(done.stderr.splitlines()) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {'night_stages.csv', 'night_report.html', 'eyes_stages.csv'}
+    assert ((tmp_path/'eyes_stages.csv').read_text() == before) == (when != 'reporting')
+
+def test_stage_loads_neither_fastai_nor_mne_nor_a_plotting_library(shelf, tmp_path):
+    code = f'''import sys
+sys.argv = {["sleepnb", "stage", str(shelf/"night.edf"), "--weights", str(shelf/"toy.safetensors"), "--out", str(tmp_path)]}
+from sleepnb.cli import main
+try: main()
+finally: print([m for m in ("fastai", "mne", "matplotlib", "sklearn") if m in sys.modules])'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]', done.stderr
+
+NEW = ['--out', '@new']
+STAGE_WRONG = { # why → what follows `sleepnb stage`; --weights are added
+    "Missing argument 'FILE...'. See sleepnb stage --help.": [],
+    'No such option: --loud': ['@night.edf', '--loud'],
+    'none.edf: there is no such file': ['@none.edf', *NEW],
+    'this is a folder, not a file': ['@', *NEW],
+    'text.edf: the file cannot be read': ['@text.edf', *NEW],
+    'empty.edf: ': ['@empty.edf', *NEW],
+    'cut.edf: the file is shorter than its header says': ['@cut.edf', *NEW],
+    'this file holds no signals': [str(sample_files()[1]), *NEW],
+    'short.edf: the recording is shorter than one epoch': ['@short.edf', *NEW],
+    'say what they are with --alias.': ['@breath.edf', *NEW],
+    'expected some of EEG, EOG, EMG; found EEG, SMELL': ['@night.edf', '--modalities', 'EEG,SMELL', *NEW],
+    'there is no channel of EMG that can be used': ['@eyes.edf', '--modalities', 'EOG,EMG', *NEW],
+    'channels that were asked for are not there': ['@night.edf', '--channels', 'C3,O1', *NEW],
+    'say what they are: --alias "its name=C3-M2".': ['@night.edf', '--channels', 'O1', *NEW],
+    'the channels of this network cannot be chosen': ['@night.edf', '--channels', 'C3', *NEW, '--weights', '@fixed.safetensors'],
+    'the recording lacks channels that the network was trained on': ['@eyes.edf', *NEW, '--weights', '@fixed.safetensors'],
+    'this unit is not known': ['@night.edf', '--unit', 'kV', *NEW],
+    'for example --unit "V" or --unit "uV".': ['@night.edf', '--unit', 'V', *NEW],
+    'an alias has two sides': ['@lab.edf', '--alias', 'one', *NEW],
+    "'xml' is not one of": ['@night.edf', '--format', 'xml', *NEW],
+    'is a file). Name another folder: --out DIR.': ['@night.edf', '--out', '@text.edf'],
+    'text.edf is a file': ['@night.edf', '--out', '@text.edf/below'],
+    'is not yours to write to': ['@night.edf', '--out', '@locked/below'],
+    'none.safetensors: there is no such file': ['@night.edf', *NEW, '--weights', '@none.safetensors'],
+    'text.safetensors: the file is damaged, or no weights file': ['@night.edf', *NEW, '--weights', '@text.safetensors'],
+    'cut.safetensors: the file is damaged': ['@night.edf', *NEW, '--weights', '@cut.safetensors'],
+    'this is another kind of file': ['@night.edf', *NEW, '--weights', '@checkpoint.safetensors'],
+    'this network does not stage': ['@night.edf', *NEW, '--weights', '@encoder.safetensors'],
+    'none.csv: there is no such file': ['@night.edf', '--hypnogram', '@none.csv', *NEW],
+    'the hypnogram does not belong to this recording': ['@night.edf', '--hypnogram', '@late.csv', *NEW],
+    "found 'dream'": ['@night.edf', '--hypnogram', '@words.csv', *NEW],
+    'whose numbers they are: --vocabulary sleepnb or yasa': ['@night.edf', '--hypnogram', '@numbers.txt', *NEW],
+    'for example --column "scorer_1".': ['@night.edf', '--hypnogram', '@scorers.csv', *NEW],
+    'this vocabulary is not known': ['@night.edf', '--hypnogram', '@numbers.txt', '--vocabulary', 'mine', *NEW],
+    'one hypnogram belongs to one recording': ['@night.edf', '@other.edf', '--hypnogram', '@scored.csv', *NEW],
+    'two recordings would be written to the same file': ['@night.edf', '@deep/night.edf', *NEW],
+    'night.edf and': ['@night.edf', '@night.edf', *NEW],
+    'this file is there already, and was not staged by sleepnb': ['@night.edf', '--out', '@taken']}
+
+@pytest.mark.parametrize('why', STAGE_WRONG)
+def test_wrong_uses_of_stage_are_told_in_one_line_and_leave_nothing(why, shelf, monkeypatch):
+    access = os.access
+    if 'not yours' in why: monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK and access(path, mode)) # root may write anywhere
+    before = {p: p.stat().st_mtime_ns for p in shelf.rglob('*')}
+    args = STAGE_WRONG[why]
+    done = call('stage', *([] if '--weights' in args else ['--weights', shelf/'toy.safetensors']), *(a.replace('@', f'{shelf}/') for a in args))
+    assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert {p: p.stat().st_mtime_ns for p in shelf.rglob('*')} == before
+
+def test_stage_takes_the_weights_that_come_along(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr('sleepnb.stager.OWN_WEIGHTS', tmp_path/'own.safetensors')
+    done = call('stage', shelf/'night.edf', '--out', tmp_path/'new')
+    assert done.returncode == 2 and 'own.safetensors: there is no such file' in done.stderr and not [*tmp_path.iterdir()]
+    shutil.copy(shelf/'toy.safetensors', tmp_path/'own.safetensors')
+    done = call('stage', shelf/'night.edf', '--out', tmp_path/'new')
+    assert done.returncode == 0 and 'staged by own.safetensors' in done.stdout
 
 # Wrong uses
 

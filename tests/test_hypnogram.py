@@ -9,7 +9,7 @@ from edfio import read_edf
 from hypothesis import given, settings, strategies as st
 
 from sleepnb.core import HypnogramError, SleepnbError, Stage
-from sleepnb.data.psg import align, read_hypnogram, read_night, sample_files
+from sleepnb.data.psg import align, find_hypnogram, read_hypnogram, read_night, sample_files
 from sleepnb.hypnogram import TRANSITIONS, bouts, sleep_statistics, smooth_stages, stage_annotations, stage_table, transition_matrix, write_stages
 
 START = datetime.datetime(2021, 3, 4, 22, 59, 30)
@@ -202,3 +202,11 @@ def test_statistics_and_files_load_neither_torch_nor_mne():
     heavy = {'torch', 'fastai', 'mne', 'matplotlib', 'sklearn', 'seaborn'}
     command = f'import sys, sleepnb.hypnogram; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)'
     subprocess.run([sys.executable, '-c', command], check=True)
+
+@pytest.mark.parametrize('name', ['night_stages.csv', 'night_stages.tsv', 'night_stages.edf', 'night_desc-stages_events.tsv'])
+def test_what_was_staged_is_no_hypnogram_of_a_scorer(tmp_path, name):
+    (tmp_path/'night.edf').write_bytes(b'')
+    write_stages(tmp_path/name, [0, 2, 4], np.eye(5)[[0, 2, 4]])
+    assert find_hypnogram(tmp_path/'night.edf') is None
+    (tmp_path/'night_mine.csv').write_text('onset,duration,stage\n0,30,W\n')
+    assert find_hypnogram(tmp_path/'night.edf').name == 'night_mine.csv'

@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'EXPECTED', 'SIMULATED', 'SHORT_NAMES', 'COHORTS', 'sleep_edf', 'fetch_sleep_edf', 'isruc', 'mass_ss3',
            'anphy', 'bids', 'plain_folder']
 
-# %% ../../nbs/130_data.cohorts.ipynb #ee03bbae
+# %% ../../nbs/130_data.cohorts.ipynb #76aa67e0
 import json
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import EPOCH_SEC, HypnogramError, MontageError, Modality, RecordingError, SleepnbError
-from .psg import Night, named_after, open_recording, read_hypnogram, read_night
+from .psg import Night, is_staging, named_after, open_recording, read_hypnogram, read_night
 from .store import Cohort, Whole
 from ..montage import ALIASES, parse_channel, staging_channels
 
@@ -369,7 +369,7 @@ def _owner(
     fits = {p: named_after(path, p) for p in recordings if p.parent == path.parent and p != path}
     return max((p for p,n in fits.items() if n), key=fits.get, default=None)
 
-# %% ../../nbs/130_data.cohorts.ipynb #3734a4a7
+# %% ../../nbs/130_data.cohorts.ipynb #d8f6edf5
 def _scored(
     recordings:list[Path],
     others:list[Path],      # files that may be hypnograms
@@ -420,7 +420,8 @@ def plain_folder(
     files = [p for p,_ in _files(folder, r'.*\.(edf|bdf|rec|vhdr|set|fif)')]
     recordings = [p for p in files if not (ending and p.name.endswith(ending)) and _is_recording(p)]
     others = [p for p,_ in _files(folder, r'.*\.(csv|tsv|txt|xml)')] + [p for p in files if p not in recordings]
-    scored,below = _scored(recordings, [p for p in others if p.name.endswith(ending)]), Path(folder).expanduser()
+    others = [p for p in others if p.name.endswith(ending) and (ending or not is_staging(p))]
+    scored,below = _scored(recordings, others), Path(folder).expanduser()
     paths = [p.relative_to(below) for p in recordings]
     night = lambda path: '/'.join([*path.parts[1:-1], path.stem])       # what stands between subject and ending
     rows = [(_subject(path, subject), night(path), p, scored.get(p)) for p,path in zip(recordings, paths)]
