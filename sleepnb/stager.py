@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WHITE_RATIO', 'MAINS_SHARE', 'BATCH', 'LONG_HOURS',
-           'NIGHT_HOURS', 'OWN_WEIGHTS', 'signal_quality', 'open_source', 'read_terms', 'Staging', 'Stager']
+           'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'signal_quality', 'open_source', 'read_terms', 'Staging', 'Stager']
 
 # %% ../nbs/600_stager.ipynb #3bfef7da
 from collections import Counter
@@ -354,19 +354,21 @@ def _probabilities(
             prob[some] = logits.float().softmax(-1).numpy()
     return prob
 
-# %% ../nbs/600_stager.ipynb #a5b31edb
-LONG_HOURS,NIGHT_HOURS = 12, 8
+# %% ../nbs/600_stager.ipynb #4d226043
+LONG_HOURS,NIGHT_HOURS,WAKE_MIN = 12, 8, 30
 
 def _find_night(
     prepared:_Prepared,
     how:dict,            # further arguments of `_probabilities`
 )->slice:                # epochs
-    "Where most sleep is."
+    "Sleep, and half an hour on either side: the longest sleep of the recording."
     few = replace(prepared, x=[o[::4] for o in prepared.x], quality=prepared.quality[::4])
     asleep = 1 - np.nan_to_num(_probabilities(prepared=few, **how)[:, 0], nan=1.)
-    n = NIGHT_HOURS*3600 // EPOCH_SEC
-    start = 4 * int(np.convolve(asleep, np.ones(n // 4), 'valid').argmax())
-    return slice(start, start + n)
+    n,margin = NIGHT_HOURS*3600 // EPOCH_SEC, WAKE_MIN*60 // EPOCH_SEC
+    start = int(np.convolve(asleep, np.ones(n // 4), 'valid').argmax())
+    likely = np.convolve(asleep, np.ones(5) / 5, 'same')[start:start + n//4] > .5  # over ten minutes
+    found = start + (np.flatnonzero(likely) if likely.any() else np.arange(n // 4))
+    return slice(max(0, 4*int(found[0]) - margin), 4*int(found[-1]) + 4 + margin)
 
 # %% ../nbs/600_stager.ipynb #392b8893
 @dataclass(frozen=True, eq=False, repr=False)
@@ -450,7 +452,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #909592d4
+# %% ../nbs/600_stager.ipynb #62c51a7a
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -585,8 +587,8 @@ class Stager:
         if n*EPOCH_SEC > LONG_HOURS*3600:
             at = _find_night(prepared, how)
             prepared = _scaled(prepared.x, prepared.quality, at)
-            notes.append(f'channels are scaled by {NIGHT_HOURS} of {n*EPOCH_SEC/3600:.1f} hours, those with most sleep, '
-                         f'which begin after {at.start*EPOCH_SEC/3600:.1f}')
+            hours = [o*EPOCH_SEC/3600 for o in (at.start, min(at.stop, n))]
+            notes.append(f'channels are scaled by the night, found from {hours[0]:.1f} to {hours[1]:.1f} h of {n*EPOCH_SEC/3600:.1f} h')
         prob = _probabilities(prepared=prepared, **how)
         staged = ~np.isnan(prob[:, 0])
         likeliest = np.where(staged, np.nan_to_num(prob).argmax(1), UNSCORED).astype(np.int8)
