@@ -275,7 +275,7 @@ def pretrain(
     dls = pretraining_loaders(stores, split, seed=seed, device=_checked_device(device))
     _train(mtssrl_learner(dls, lr=lr, seed=seed), passes, out, 'pretraining')
 
-# %% ../nbs/640_cli.ipynb #bf2eca6e
+# %% ../nbs/640_cli.ipynb #20257459
 def _inherited(weights, store): # the split of the weights, if it knows this cohort
     from sleepnb.learner import saved_split
     split = saved_split(weights)
@@ -289,7 +289,8 @@ def _known(weights, store): # the split of the weights, which must know this coh
 def _donor(weights, store, heads_of):
     "Whose alignment the cohort gets, as `move_to` takes it."
     from sleepnb.weights import read_description
-    backbone = read_description(weights)['backbone']
+    backbone = read_description(weights).get('backbone')
+    if not backbone: return None # which finetune_learner refuses
     known = [*backbone['montages']]
     if heads_of and heads_of not in known:
         raise WeightsError('the weights know no such cohort', where=weights, expected=', '.join(known), found=heads_of)
