@@ -24,14 +24,14 @@ from .montage import parse_channel
 from .multimodal.sleepsmc import SleepSMC, has_signal
 from .stager import _HERE, Stager, _for_montage
 
-# %% ../nbs/605_export.ipynb #0e26b400
+# %% ../nbs/605_export.ipynb #1cdc48e0
 _INPUTS = dict(x=f'(epochs, channels, {EPOCH_SEC*FS}), float32: µV, filtered; of a channel that is not there, anything',
                median='(channels,), float32: median of each channel over the good epochs of the night, µV',
                scale='(channels,), float32: interquartile range over the same epochs / 1.349, µV',
                there='(epochs, channels), bool: is there a signal?')
 
 class _Probabilities(nn.Module):
-    "What the file computes. Nothing in it depends on what the signals hold, or how many there are."
+    "What the file computes, without a branch that depends on the signals."
     def __init__(self,
         network:nn.Module, # as trained
         names:list[str],   # channels
