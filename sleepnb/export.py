@@ -146,15 +146,15 @@ def _traced(
         o.ClearField('metadata_props')                                          # has paths of this machine
     return made
 
-# %% ../nbs/605_export.ipynb #8e3fa611
+# %% ../nbs/605_export.ipynb #e5633f04
 def _metadata(
     stager:Stager,
     of:dict[str, list[int]], # modality → numbers of its channels
     names:list[str],
 )->dict[str, str]:
     bands = {m: list(getattr(stager.recipe, m.lower())) for m in of}
-    described = dict(stages=[s.label for s in Stage], channels=names, modalities={m: [names[i] for i in k] for m,k in of.items()},
-        sampling_rate_hz=FS, epoch_sec=EPOCH_SEC, filter_hz=bands, inputs=_INPUTS,
+    described = dict(stages=[s.label for s in Stage], channels=names, sampling_rate_hz=FS, epoch_sec=EPOCH_SEC,
+        modalities={m: [names[i] for i in k] for m,k in of.items()}, filter_hz=bands, inputs=_INPUTS,
         outputs=dict(prob='(epochs, 5), float32: probabilities of the stages; NaN where no channel has a signal'))
     return {k: json.dumps(v, ensure_ascii=False) for k,v in described.items()} | dict(
         filter='zero phase; filter_hz has the pass band of each modality, low and high edge in Hz, null where there is none; '
