@@ -19,6 +19,6 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
     package_data={pkg: globs.split(',') for pkg, globs in (o.split('=', 1) for o in words('package_data'))},
     install_requires=words('requirements'),
-    extras_require={extra: words(f'{extra}_requirements') for extra in ('dev', 'docs', 'cluster')},
+    extras_require={extra: words(f'{extra}_requirements') for extra in ('dev', 'docs', 'cluster', 'onnx')},
     entry_points={'console_scripts': words('console_scripts'), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

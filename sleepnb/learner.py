@@ -184,7 +184,7 @@ def finetune_learner(
     learn.seen_before,learn.origin = seen, digest(*(v.cpu().numpy() for v in backbone.state_dict().values()))
     return learn
 
-# %% ../nbs/530_learner.ipynb #e2980698
+# %% ../nbs/530_learner.ipynb #8fe6db1a
 def _check_room(path:Path):
     "Can weights be written there?"
     if path.suffix != '.safetensors' or path.is_dir():
@@ -209,7 +209,7 @@ def fit_to_file(
     path = Path(path).expanduser()
     _check_room(path)
     learn.create_opt()                                               # as `fit` will
-    learn.opt.set_hypers(lr=learn.lr, wd=learn.wd)
+    learn.opt.set_hypers(lr=learn.lr, **{} if learn.wd is None else dict(wd=learn.wd))
     learn.n_epoch = n_passes
     facts = training_facts(learn)
     if path.exists():
@@ -333,16 +333,17 @@ def extract_features(
     *features,there = torch.cat(made).numpy().T
     return epochs[there > 0], np.stack(features, 1)[there > 0]
 
-# %% ../nbs/530_learner.ipynb #fb2c79f1
+# %% ../nbs/530_learner.ipynb #8e115615
 def load_learner(
     path:str|Path,    # what `save_learner` wrote of a network that stages
-    dls:DataLoaders,  # of `labelled_loaders`: the cohorts and the split that it was trained with
+    dls:DataLoaders,  # of `labelled_loaders`: cohorts and the split that it was trained with
 )->Learner:
     "A learner with the weights of a file. Raises `WeightsError` for weights that do not stage, or know other channels."
     _check_loaders(dls, labelled=True)
     network,described = load_weights(path)
     montages = (described['backbone'] or described['arguments'])['montages']
-    if not isinstance(network, (StageNetwork, SleepSMC)) or montages != _montages(dls):
+    stages = isinstance(network, (StageNetwork, SleepSMC))
+    if not stages or any(montages.get(k) != v for k,v in _montages(dls).items()):
         raise WeightsError('the weights do not stage these recordings', where=path,
                            expected=f'a StageNetwork or SleepSMC for {_montages(dls)}',
                            found=f'a {described["network"]} for {montages}', remedy='Fine-tune them first.')

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
 import torch
@@ -131,6 +132,19 @@ def tuned(work, isruc, pretrained):
     assert done.returncode == 0, done.stderr
     return out
 
+@pytest.fixture(scope='module')
+def allthree(work, isruc):
+    done = call('train', 'sleepsmc', isruc, '--primary', 'all', '--hide', .3, '--passes', 1, '--out', out := work/'made'/'all.safetensors')
+    assert (done.returncode, done.stdout) == (0, f'{out}: the weights are there\n'), done.stderr
+    return out
+
+@pytest.fixture(scope='module')
+def quick(work, cassette):
+    "Of EEG alone."
+    done = call('train', 'featurenet', cassette, '--modalities', 'EEG', '--passes', 1, '--out', out := work/'made'/'quick.safetensors')
+    assert done.returncode == 0, done.stderr
+    return out
+
 # info
 
 LABELS = ['EEG C3', 'A2', 'EOG Left', 'EMG Chin', 'ECG I', 'SaO2']
@@ -175,7 +189,8 @@ def test_info_of_what_staging_cannot_use(tmp_path):
     done = call('info', edf)
     assert done.returncode == 0 and done.stdout.count('not used') == 3
 
-@pytest.mark.parametrize('args', [['--help'], ['pretrain', '--help'], ['stage', '--help'], ['info', str(sample_files()[0])]], ids=lambda a: a[0])
+@pytest.mark.parametrize('args', [['--help'], ['pretrain', '--help'], ['stage', '--help'], ['train', 'sleepsmc', '--help'], ['export', '--help'],
+                                  ['info', str(sample_files()[0])]], ids=lambda a: a[0])
 def test_quick_commands_load_nothing_that_takes_long(args):
     heavy = ['torch', 'fastai', 'mne', 'scipy', 'sklearn', 'matplotlib']
     code = f'import sys\nsys.argv = ["sleepnb", *{args}]\nfrom sleepnb.cli import main\ntry: main()\n' \
@@ -183,7 +198,8 @@ def test_quick_commands_load_nothing_that_takes_long(args):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]', done.stderr
 
-@pytest.mark.parametrize('command', ['info', 'prepare', 'pretrain', 'finetune', 'train supervised', 'evaluate', 'stage'])
+@pytest.mark.parametrize('command', ['info', 'prepare', 'pretrain', 'finetune', 'train supervised', 'train sleepsmc', 'train featurenet',
+                                     'evaluate', 'stage', 'export'])
 def test_help_teaches_by_examples(command):
     done = call(*command.split(), '--help')
     assert done.returncode == 0 and f'  sleepnb {command} ' in done.stdout
@@ -311,7 +327,61 @@ def test_a_training_that_diverges_leaves_no_weights(cassette, tmp_path):
     done = call('train', 'supervised', cassette, '--out', tmp_path/'x.safetensors', '--lr', '1e30', '--passes', 1, '--steps', 2)
     assert done.returncode == 2 and 'the training diverged' in done.stderr.splitlines()[-1] and not [*tmp_path.iterdir()]
 
+def test_sleepsmc_and_featurenet_differ_in_their_loss_alone(allthree, quick):
+    both = [read_description(p) for p in (allthree, quick)]
+    assert [d['network'] for d in both] == ['SleepSMC']*2
+    assert [(d['notes']['loss']['uncertainty'], d['notes']['loss']['contrast']) for d in both] == [(True, True), (False, False)]
+    a,b = (d['arguments'] for d in both)
+    assert (a['primary'], a['modalities'], a['channel_mode'], a['hide']) == (None, ['EEG', 'EOG', 'EMG'], 'joint', .3)
+    assert (b['primary'], b['modalities'], b['channel_mode'], b['hide']) == ('EEG', ['EEG'], 'joint', 0)
+    assert both[0]['notes']['training']['batch'] == 128 and both[0]['notes']['training']['hypers'][0]['lr'] == 1e-3
+    again = [call('train', what, *rest, '--out', p) for what,p,rest in (
+        ('sleepsmc', allthree, [allthree.parent.parent/'store-isruc-s3', '--primary', 'all', '--hide', .3, '--passes', 1]),
+        ('sleepsmc', quick, [quick.parent.parent/'store-sleep-edf', '--modalities', 'EEG', '--passes', 1]))]
+    assert (again[0].returncode, again[0].stderr) == (0, '') and 'were there already' in again[0].stdout
+    assert again[1].returncode == 2 and 'another training: other loss' in again[1].stderr
+
+def test_two_cohorts_with_any_montage_are_evaluated_one_by_one(isruc, cassette, tmp_path):
+    done = call('train', 'featurenet', isruc, cassette, '--channel-mode', 'cam', '--primary', 'all', '--passes', 1, '--modalities', 'EEG,EOG',
+                '--out', out := tmp_path/'any.safetensors')
+    assert done.returncode == 0, done.stderr
+    for store in (isruc, cassette):
+        done = call('evaluate', store, '--weights', out, '--json')
+        found = json.loads(done.stdout)
+        assert {n['cohort'] for n in found['by_night']} == {EpochStore(store).cohort} == {found['cohort']}
+
+def test_sleepsmc_survives_a_kill(isruc, tmp_path):
+    "Killed after a pass, finished by the second call: as if nothing had happened."
+    command = ['train', 'sleepsmc', str(isruc), '--modalities', 'EEG,EOG', '--passes', '2', '--out', str(out := tmp_path/'cut.safetensors')]
+    process = subprocess.Popen([SLEEPNB, *command], stderr=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    while not (line := process.stderr.readline()).startswith('     1 '): assert line, 'it ended early'
+    process.kill()
+    assert (process.wait(), process.stderr.read(), out.exists()) == (-signal.SIGKILL, '', False)
+    assert dict(read_description(out.with_suffix('.checkpoint.safetensors'))['state']['dict'])['pass'] == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    done,whole = call(*command), call(*command[:-1], tmp_path/'whole.safetensors')
+    torch.set_num_threads(threads)
+    assert done.returncode == whole.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {'cut.safetensors', 'whole.safetensors'}
+    a,b = (load_weights(tmp_path/f'{n}.safetensors')[0].state_dict() for n in ('cut', 'whole'))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
 # evaluate
+
+def test_every_subset_of_modalities_is_scored(isruc, allthree):
+    done = call('evaluate', isruc, '--weights', allthree, '--subsets', '--json')
+    found = json.loads(done.stdout)
+    assert [*found['subsets']] == ['EEG+EOG+EMG', 'EEG+EOG', 'EEG+EMG', 'EOG+EMG', 'EEG', 'EOG', 'EMG']
+    learn = load_learner(allthree, labelled_loaders(isruc, saved_split(allthree), modalities=('EEG', 'EOG', 'EMG')))
+    for using in (('EEG', 'EOG', 'EMG'), ('EOG',)):
+        epochs = predict_stages(learn, using=using)
+        scores = found['subsets']['+'.join(using)]
+        assert scores['kappa']['value'] == pytest.approx(cohen_kappa_score(epochs.stage, epochs.pred), abs=1e-6)
+        assert scores['accuracy']['value'] == pytest.approx((epochs.stage == epochs.pred).mean(), abs=1e-6)
+    assert found['scores']['pooled']['kappa'] == found['subsets']['EEG+EOG+EMG']['kappa']
+    text = call('evaluate', isruc, '--weights', allthree, '--subsets').stdout
+    assert text.startswith(call('evaluate', isruc, '--weights', allthree).stdout) and 'staged with' in text and '  EOG+EMG ' in text
 
 def test_scores_are_those_of_another_library(isruc, tuned):
     done = call('evaluate', isruc, '--weights', tuned, '--json')
@@ -524,11 +594,32 @@ def test_stage_takes_the_weights_that_come_along(shelf, tmp_path, monkeypatch):
     shutil.copy(shelf/'toy.safetensors', tmp_path/'own.safetensors')
     done = call('stage', shelf/'night.edf', '--out', tmp_path/'new')
     assert done.returncode == 0 and 'staged by own.safetensors' in done.stdout
+# export
+
+def test_an_exported_network_gives_the_probabilities_that_are_evaluated(isruc, tuned, tmp_path):
+    done = call('export', tuned, '--onnx', path := tmp_path/'new'/'tuned.onnx')
+    assert (done.returncode, done.stdout, done.stderr) == (0, f'{path}: the network is there, as ONNX\n', '')
+    session,store = onnxruntime.InferenceSession(path), EpochStore(isruc)
+    names = json.loads(session.get_modelmeta().custom_metadata_map['channels'])
+    pick = [store.channels.index(n) for n in names]
+    epochs = predict_stages(load_learner(tuned, labelled_loaders(isruc, saved_split(tuned))))
+    night = store.night_of[epochs.index[0]]
+    there = np.tile(store.there[night][pick], (len(epochs), 1))
+    inputs = dict(x=store.read(epochs.index)[:, pick], there=there, median=store.median[night][pick].astype(np.float32),
+                  scale=store.scale[night][pick].astype(np.float32))
+    assert len(names) == 6 and epochs[['subject', 'night']].drop_duplicates().shape[0] == 1
+    np.testing.assert_allclose(session.run(None, inputs)[0], epochs.filter(like='p_'), rtol=0, atol=1e-5)
+
+def test_export_without_its_packages(tuned, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    done = call('export', tuned, '--onnx', tmp_path/'x.onnx')
+    assert done.returncode == 2 and done.stderr.endswith("pip install 'sleepnb[onnx]'\n") and len(done.stderr.splitlines()) == 1
+    assert not [*tmp_path.iterdir()]
 
 # Wrong uses
 
 @pytest.fixture(scope='module')
-def wrong(work, tuned, pretrained):
+def wrong(work, tuned, pretrained, allthree, quick):
     "Files that are not what they should be."
     (work/'text.edf').write_text('This is a text.')
     (work/'text.safetensors').write_text('This is a text.')
@@ -541,12 +632,15 @@ def wrong(work, tuned, pretrained):
     manifest = json.loads((work/'renamed'/'manifest.json').read_text())
     manifest['recipe']['eeg'] = [1, 35]
     (work/'renamed'/'manifest.json').write_text(json.dumps(manifest))
+    done = call('prepare', 'sleep-edf', work/'sleep-edf', '--store', work/'eeg', '--recipe', 'mtssrl', '--channels', 'Fpz-Cz,Pz-Oz')
+    assert done.returncode == 0, done.stderr
     s = saved_split(pretrained)
     Split(train=s.test, valid=s.valid, test=s.train).save(work/'other.json')
     return work
 
 OUT,FROM = ['--out', '@new/x.safetensors'], ['--weights', '@made/pretrained.safetensors']
 ISRUC,SLEEP = '@store-isruc-s3', '@store-sleep-edf'
+ONNX = ['--onnx', '@new/x.onnx']
 FILES = ['isruc-s3', '@isruc-s3', '--store']
 WRONG = { # why → command; @ is the folder of the files
     "No such command 'dream'": ['dream'],
@@ -592,6 +686,24 @@ WRONG = { # why → command; @ is the folder of the files
     'the weights do not stage these recordings': ['evaluate', ISRUC, *FROM],
     'the weights were trained without this cohort': ['evaluate', SLEEP, '--weights', '@made/tuned.safetensors'],
     'already seen': ['evaluate', ISRUC, '--weights', '@made/tuned.safetensors', '--split', '@other.json'],
+    'each of which is named once (expected EEG, EOG, EMG; found ECG)': ['train', 'sleepsmc', ISRUC, *OUT, '--primary', 'ECG'],
+    'channel mode is unknown': ['train', 'sleepsmc', ISRUC, *OUT, '--channel-mode', 'soup'],
+    'no store has such a modality (expected EEG; found EMG, EOG)': ['train', 'sleepsmc', '@eeg', *OUT],
+    'prepared with different recipes (found isruc': ['train', 'sleepsmc', ISRUC, '@renamed', *OUT],
+    'cohorts have different numbers of channels': ['train', 'featurenet', ISRUC, SLEEP, *OUT, '--modalities', 'EEG'],
+    'nothing is hidden from a network that stages with one modality': ['train', 'sleepsmc', ISRUC, *OUT, '--hide', '.3'],
+    "Invalid value for '--hide'": ['train', 'sleepsmc', ISRUC, *OUT, '--primary', 'all', '--hide', '1'],
+    "Missing argument 'STORE...'": ['train', 'featurenet', *OUT],
+    'another training: other passes': ['train', 'featurenet', SLEEP, '--modalities', 'EEG', '--out', '@made/quick.safetensors', '--passes', '3'],
+    'no backbone to fine-tune': ['finetune', ISRUC, '--weights', '@made/all.safetensors', *OUT],
+    'filtered differently from those that the weights know': ['evaluate', '@renamed', '--weights', '@made/quick.safetensors'],
+    'no modalities to choose from': ['evaluate', ISRUC, '--weights', '@made/tuned.safetensors', '--subsets'],
+    "Missing option '--onnx'": ['export', '@made/tuned.safetensors'],
+    'a file such as stager.onnx': ['export', '@made/tuned.safetensors', '--onnx', '@x.safetensors'],
+    'weights.safetensors: there is no such file': ['export', '@weights.safetensors', *ONNX],
+    'this network does not stage': ['export', '@made/pretrained.safetensors', *ONNX],
+    'channels that the network was trained on': ['export', '@made/tuned.safetensors', *ONNX, '--channels', 'Fpz-Cz'],
+    'does not stage with these modalities': ['export', '@made/tuned.safetensors', *ONNX, '--modalities', 'EOG'],
     'no split is noted': ['evaluate', ISRUC, '--weights', '@bare.safetensors']}
 
 @pytest.mark.parametrize('why', WRONG)
