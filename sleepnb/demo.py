@@ -6,7 +6,7 @@
 __all__ = ['MONTAGES', 'SCALES', 'LABELS', 'NETWORKS', 'METRICS', 'Scale', 'demo_split', 'LossLog', 'verdict', 'run_demo',
            'summary']
 
-# %% ../nbs/635_demo.ipynb #c2a3e44c
+# %% ../nbs/635_demo.ipynb #74112c26
 import base64
 import html
 import io
@@ -27,7 +27,7 @@ from .callbacks import TerminalProgress, TrainingCallback
 from .core import EPOCH_SEC, SleepnbError, Stage, WeightsError, write_whole
 from .data.loaders import Stores, labelled_loaders, pretraining_loaders
 from .data.psg import Night, sample_files
-from .data.splits import Split
+from .data.splits import PARTS, Split
 from .data.store import Cohort, EpochStore, prepare
 from .learner import (finetune_learner, fit_to_file, load_learner, mtssrl_learner, predict_stages,
                              supervised_learner)
@@ -50,36 +50,39 @@ def _read(row, cohort, epochs, seed): # at module level, so that other processes
     made = synth_night(channels, epochs, seed=seed, subject=f'{cohort}{row["subject"]}', population=population)
     return Night(list(made.x), [made.fs]*len(channels), [parse_channel(c) for c in channels], made.stages)
 
-# %% ../nbs/635_demo.ipynb #6b29556a
+# %% ../nbs/635_demo.ipynb #af62f89b
 @dataclass(frozen=True)
 class Scale:
     "How much of everything."
-    train:int       # people of each cohort who train
-    valid:int       # and who validate
-    test:int        # people of cohort S who are tested
+    train:int       # people of S who train
+    others:int      # people of each other cohort who train
+    valid:int       # people of each cohort who validate
+    test:int        # people of S who are tested
     epochs:int      # of a night
     batch:int       # epochs
     passes:int      # of pretraining
     tune_passes:int # of fine-tuning and of its rival, at most
     tune_steps:int  # of each of them
 
-SCALES = dict(smoke=Scale(train=2, valid=1, test=2, epochs=20, batch=16, passes=2, tune_passes=2, tune_steps=3),
-              small=Scale(train=6, valid=2, test=8, epochs=240, batch=64, passes=4, tune_passes=6, tune_steps=40))
+SCALES = dict(
+    smoke=Scale(train=2, others=2, valid=1, test=2, epochs=20, batch=16, passes=2, tune_passes=2, tune_steps=3),
+    small=Scale(train=12, others=6, valid=2, test=8, epochs=240, batch=64, passes=3, tune_passes=6, tune_steps=40))
 LABELS = .05 # share of the training stages of S that are used
 
 def _people(
     cohort:str,
     scale:Scale,
 )->dict[str, list]: # part of the split → (cohort, subject)
-    ids = [(_name(cohort), f'{i:02}') for i in range(scale.train + scale.valid + (scale.test if cohort == 'S' else 0))]
-    return dict(train=ids[:scale.train], valid=ids[scale.train:][:scale.valid], test=ids[scale.train + scale.valid:])
+    counts = [scale.train, scale.valid, scale.test] if cohort == 'S' else [scale.others, scale.valid, 0]
+    ids = iter((_name(cohort), f'{i:02}') for i in range(sum(counts)))
+    return {part: [next(ids) for _ in range(n)] for part,n in zip(PARTS, counts)}
 
 def demo_split(
     scale:Scale, # one of `SCALES`
 )->Split:
     "Who trains, validates and is tested; simulated people need no shuffling."
     parts = [_people(c, scale) for c in MONTAGES]
-    return Split(**{p: [who for part in parts for who in part[p]] for p in ('train', 'valid', 'test')}, name='demo')
+    return Split(**{p: [who for part in parts for who in part[p]] for p in PARTS}, name='demo')
 
 # %% ../nbs/635_demo.ipynb #e3389528
 def _prepare(
@@ -218,7 +221,7 @@ def _agree(nights:dict[str, Staging])->pd.DataFrame: # as from `_compare`
     return pd.DataFrame([dict(data=nights[k].name, network=k, metric=m, value=a[m], people=1, epochs=a['epochs'])
                          for k,a in found.items() for m in METRICS])
 
-# %% ../nbs/635_demo.ipynb #bbf41c01
+# %% ../nbs/635_demo.ipynb #9cd17b57
 def _picture(
     fig:Figure,
     text:str,   # what it shows, for those who do not see it
@@ -231,18 +234,19 @@ def _picture(
 
 def _html_table(
     rows:list[list[str]], # the first is the head
+    kind:str='numbers',   # or `'words'`
 )->str:
     def row(cells, tag): return '<tr>' + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
     body = ''.join(row(r, 'td') for r in rows[1:])
-    return f'<div class="wide"><table><thead>{row(rows[0], "th")}</thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table class="{kind}"><thead>{row(rows[0], "th")}</thead><tbody>{body}</tbody></table></div>'
 
 def _text(*sentences): return f'<p>{html.escape(" ".join(sentences))}</p>'
 
 _STYLE = '''body{font:1rem/1.5 system-ui,sans-serif;max-width:54rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1,h2{line-height:1.2}h2{margin-top:2.2rem}figure{margin:1rem 0}img{max-width:100%;height:auto}
+h1,h2{line-height:1.2}h2{margin-top:2.2rem}figure{margin:1rem 0;overflow-x:auto}img{width:100%;min-width:34rem}
 figcaption{font-size:.85rem;color:#555}.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .8rem .25rem 0;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left}code{font-size:.9rem}'''
+th,td{padding:.25rem 1rem .25rem 0;text-align:left;border-bottom:1px solid #ddd}
+.numbers td{white-space:nowrap}.numbers :is(th,td):not(:first-child){text-align:right}'''
 
 def _page(title, parts):
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing may be fetched
@@ -251,7 +255,7 @@ def _page(title, parts):
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{html.escape(title)}</title>'
             f'<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n' + '\n'.join(parts) + '\n</body></html>\n')
 
-# %% ../nbs/635_demo.ipynb #8da39d4c
+# %% ../nbs/635_demo.ipynb #a6020bed
 def _draw_montages():
     fig = Figure(figsize=(8.4, 3), layout='constrained')
     for ax,(cohort,(channels,_)) in zip(fig.subplots(1, len(MONTAGES)), MONTAGES.items()):
@@ -266,18 +270,20 @@ def _draw_courses(out):
     axes[0].set(title='pretraining', xlabel='step', ylabel='loss of all tasks, smoothed')
     tasks = pd.DataFrame(logs['encoder']['tasks'])
     for task,rows in tasks.groupby('task', sort=False):
-        line, = axes[1].plot(rows.pass_ + 1, rows.loss, 'o-', ms=3, label=task)
+        line, = axes[1].plot(rows.pass_ + 1, rows.loss, 'o-', ms=3)
         valid = [p[task] for p in logs['encoder']['passes']]
         axes[1].plot(np.arange(len(valid)) + 1, valid, 'o--', ms=3, color=line.get_color(), alpha=.5)
+        axes[1].annotate(task, (len(rows), rows.loss.iloc[-1]), (6, 0), textcoords='offset points', va='center',
+                         color=line.get_color())
     axes[1].set(title='its tasks', xlabel='pass', ylabel='loss (dashed: validation)')
     for name in ('pretrained', 'scratch'):
         scores = [p['macro_f1'] for p in logs[name]['passes']]
         axes[2].plot(np.arange(len(scores)) + 1, scores, 'o-', ms=3, label=NETWORKS[name])
     axes[2].set(title='learning to stage', xlabel='pass', ylabel='macro-F1 of validation people')
-    for ax in axes[1:]:
-        ax.legend(frameon=False, fontsize='small')
+    axes[2].legend(frameon=False, fontsize='small')
+    for ax in axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
-    for ax in axes: ax.spines[['top', 'right']].set_visible(False)
+        ax.spines[['top', 'right']].set_visible(False)
     return fig
 
 def _draw_nights(nights):
@@ -296,10 +302,10 @@ def _draw_confusions(
         ax.set_title(title, fontsize='medium')
     return fig
 
-# %% ../nbs/635_demo.ipynb #bf2fc8d0
+# %% ../nbs/635_demo.ipynb #0f93034f
 def _cell(row, sign=''): # a row of results, as text
     value = f'{row.value:{sign}.3f}'
-    return value if not np.isfinite(row.low) else f'{value} ({row.low:.3f} to {row.high:.3f})'
+    return (value if not np.isfinite(row.low) else f'{value} ({row.low:.3f} to {row.high:.3f})').replace('-', '−')
 
 def _score_rows(
     results:pd.DataFrame,  # of one kind of data
@@ -318,15 +324,15 @@ def verdict(
     if high < 0: return 'The interval lies below zero: for these people, pretraining did harm.'
     return 'The interval has zero within it: these people do not decide whether pretraining helped.'
 
-# %% ../nbs/635_demo.ipynb #be4aa96c
+# %% ../nbs/635_demo.ipynb #8f7b3555
 def _intro(scale):
     return [_text('What sleepnb does, once and in small, on this machine. For research: sleepnb is not a medical device.'),
         _text('The nights of the cohorts S, I and A are simulated: nobody slept them. One night is real: recording SC4001E0 of',
               'the Sleep-EDF Database Expanded (B. Kemp and others, PhysioNet, Open Data Commons Attribution License 1.0).',
               'Its stages were scored by a person.'),
         '<h2>Three montages</h2>',
-        _text(f'A cohort has {scale.train + scale.valid} people, and S {scale.test} more. Each has one night of',
-              f'{scale.epochs * EPOCH_SEC / 60:.0f} minutes. The recordings of the cohorts have different channels.'),
+        _text(f'S has {sum(map(len, _people("S", scale).values()))} people, I and A {scale.others + scale.valid} each, with',
+              f'one night of {scale.epochs * EPOCH_SEC / 60:.0f} minutes. Their recordings have different channels.'),
         _picture(_draw_montages(), 'Electrodes of the three cohorts: of each derivation, the first.')]
 
 def _on_training(out, scale, facts):
@@ -334,7 +340,7 @@ def _on_training(out, scale, facts):
         _text(f'An encoder was pretrained for {facts["steps"]} steps on {facts["unlabelled"]} epochs of all three cohorts,',
               'without stages (MTSSRL-MD). Its tasks: AUG tells views of an epoch from those of others, TS finds the order of',
               'epochs, FBM finds the frequency band that was masked.',
-              f'It was then fine-tuned on {facts["labels"]} scored epochs of S, {LABELS:.0%} of those of {scale.train} people.',
+              f'It was then fine-tuned on {facts["labels"]} scored epochs of S, {LABELS*100:g} % of those of {scale.train} people.',
               f'The same network learned from these {facts["labels"]} from scratch, with as many passes at most.',
               f'The best pass of each was chosen on other people of S, who validate ({scale.valid}).'),
         _picture(_draw_courses(out), 'Losses of pretraining, and scores of both networks on the people who validate.')]
@@ -371,7 +377,7 @@ def _report(out, scale, seed, facts, tested, nights, about, results):
     simulated,real = (of for _,of in results.groupby('data', sort=False))
     parts = [*_intro(scale), *_on_training(out, scale, facts), *_on_people(tested, simulated),
              *_on_real_night(nights, real, about)]
-    end = ['<h2>What is beside this report</h2>', _html_table(_LEFT), _text(f'sleepnb {__version__}, seed {seed}.')]
+    end = ['<h2>What is beside this report</h2>', _html_table(_LEFT, 'words'), _text(f'sleepnb {__version__}, seed {seed}.')]
     return _page('sleepnb: a demonstration', parts + end)
 
 # %% ../nbs/635_demo.ipynb #56df5e71

@@ -275,6 +275,15 @@ def test_a_training_survives_ctrl_c_and_a_kill(cassette, tmp_path, monkeypatch):
     a,b = (load_weights(tmp_path/f'{n}.safetensors')[0].state_dict() for n in ('cut', 'whole'))
     assert all(torch.equal(a[k], b[k]) for k in b)
 
+def test_a_training_that_was_cut_off_before_its_weights_were_written_goes_on(cassette, tmp_path, monkeypatch):
+    command = 'pretrain', cassette, '--passes', 1, '--out', tmp_path/'x.safetensors'
+    def press_ctrl_c(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr('sleepnb.learner.save_learner', press_ctrl_c)
+        assert call(*command).returncode == 130 and [p.name for p in tmp_path.iterdir()] == ['x.checkpoint.safetensors']
+    done = call(*command)
+    assert done.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ['x.safetensors'], done.stderr
+
 def test_a_training_that_diverges_leaves_no_weights(cassette, tmp_path):
     done = call('train', 'supervised', cassette, '--out', tmp_path/'x.safetensors', '--lr', '1e30', '--passes', 1, '--steps', 2)
     assert done.returncode == 2 and 'the training diverged' in done.stderr.splitlines()[-1] and not [*tmp_path.iterdir()]
