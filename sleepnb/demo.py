@@ -324,7 +324,7 @@ def verdict(
     if high < 0: return 'The interval lies below zero: for these people, pretraining did harm.'
     return 'The interval has zero within it: these people do not decide whether pretraining helped.'
 
-# %% ../nbs/635_demo.ipynb #8f7b3555
+# %% ../nbs/635_demo.ipynb #daf3657c
 def _intro(scale):
     return [_text('What sleepnb does, once and in small, on this machine. For research: sleepnb is not a medical device.'),
         _text('The nights of the cohorts S, I and A are simulated: nobody slept them. One night is real: recording SC4001E0 of',
@@ -340,8 +340,8 @@ def _on_training(out, scale, facts):
         _text(f'An encoder was pretrained for {facts["steps"]} steps on {facts["unlabelled"]} epochs of all three cohorts,',
               'without stages (MTSSRL-MD). Its tasks: AUG tells views of an epoch from those of others, TS finds the order of',
               'epochs, FBM finds the frequency band that was masked.',
-              f'It was then fine-tuned on {facts["labels"]} scored epochs of S, {LABELS*100:g} % of those of {scale.train} people.',
-              f'The same network learned from these {facts["labels"]} from scratch, with as many passes at most.',
+              f'It was then fine-tuned on {facts["labels"]} scored epochs of S, {LABELS*100:g} % of those of {scale.train}',
+              f'people. The same network learned from these {facts["labels"]} from scratch, with as many passes at most.',
               f'The best pass of each was chosen on other people of S, who validate ({scale.valid}).'),
         _picture(_draw_courses(out), 'Losses of pretraining, and scores of both networks on the people who validate.')]
 
