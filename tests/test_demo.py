@@ -1,5 +1,5 @@
 """The demonstration as a shell runs it."""
-import json, os, re, signal, subprocess, sys
+import json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +107,13 @@ def test_given_again_it_trains_nothing(whole):
     results = demo.run_demo(whole[0], 'smoke')
     assert before == {p: p.stat().st_mtime_ns for p in before}
     pd.testing.assert_frame_equal(results, pd.read_csv(whole[0]/'results.csv'))
+
+def test_a_stager_that_comes_with_sleepnb_is_asked_too(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr('sleepnb.stager._own_weights', lambda: whole[0]/'scratch.safetensors')
+    shutil.copytree(whole[0], tmp_path/'made')
+    of = demo.run_demo(tmp_path/'made', 'smoke').query('data == "SC4001E0-PSG"').pivot(index='metric', columns='network', values='value')
+    assert of.shipped.equals(of.scratch) and (tmp_path/'made'/'stages_shipped.csv').exists()
+    assert 'The third comes with sleepnb and learned from 2 people of S-simulated.' in (tmp_path/'made'/'report.html').read_text()
 
 def test_a_folder_with_other_things_is_refused(whole, tmp_path):
     (tmp_path/'mine').mkdir()
