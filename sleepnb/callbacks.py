@@ -392,14 +392,14 @@ class Checkpoint(TrainingCallback):
         write_tensors(self.file, tensors, dict(kind='checkpoint', format=1, facts=self.facts, state=packed))
         self.saved_at = time.monotonic()
 
-# %% ../nbs/520_callbacks.ipynb #fd72542e
+# %% ../nbs/520_callbacks.ipynb #183373b0
 class TerminalProgress(TrainingCallback):
     "One bar for a whole training, and one line for each pass; for use with `learn.no_bar()` and `learn.no_logging()`."
     order = 95 # what it shows has been written down
     def __init__(self,
         title:str='', # a line above the table
         file=None,    # where to write; `None`: standard error
-    ): self.title,self.file = title, file or sys.stderr
+    ): self.title,self.file,self.bar = title, file or sys.stderr, None
 
     def before_fit(self):
         names = ['pass', *self.recorder.metric_names[1:]]
@@ -421,7 +421,8 @@ class TerminalProgress(TrainingCallback):
         numbers = [self.epoch + 1, *self.recorder.log[1:]]
         self._write([f'{v:.3f}' if isinstance(v, float) else str(v) for v in numbers])
 
-    def after_fit(self): self.bar.close()
+    def after_fit(self):
+        if self.bar is not None: self.bar.close() # it was never opened if `Checkpoint` knew the training to be finished
 
     def _head(self):
         if self.headed: return

@@ -81,44 +81,27 @@ def main():
     if code == 130: _say('interrupted. The same command, given again, goes on.')
     sys.exit(code or 0)
 
-# %% ../nbs/640_cli.ipynb #99d76059
-_RECORDINGS = { # dataset → channel names as stored
-    'Sleep-EDF': 'EEG Fpz-Cz, EEG Pz-Oz, EOG horizontal, Resp oro-nasal, EMG submental, Temp rectal',
-    'ISRUC, subject 40': 'ROC, A1, LOC, A2, C4, O2, C3, O1, F4, F3, X1, X2, X3, DC3, DC8, SaO2',
-    'MASS-SS3': 'EEG C3-CLE, EEG C4-CLE, EEG Cz-CLE, EEG F3-CLE, EEG F4-CLE, EEG O1-CLE, EEG O2-CLE, '
-                'EOG Left Horiz, EOG Right Horiz, EMG Chin1, EMG Chin2, EMG Chin3, ECG I',
-    'PhysioNet 2018': 'F3-M2, F4-M1, C3-M2, C4-M1, O1-M2, O2-M1, E1-M2, Chin1-Chin2, ABD, AIRFLOW, SaO2, ECG'}
-_WANTED = ['F3', 'F4', 'C3', 'C4', 'O1', 'O2', 'Fpz', 'Pz', 'E1', 'E2', 'HEOG', 'Chin']
-
-def _draw_montage(ax, dataset, found):
-    "The electrodes on a head, and below it where each channel comes from."
-    from sleepnb.montage import plot_montage
-    there = found.table[found.mask]
-    plot_montage(there.got, ax, dataset)
-    scalp,rest = there[there.modality == 'EEG'], there[there.modality != 'EEG']
-    lines = [f'{r.got}  from  {r.details}' for r in [*scalp.head(2).itertuples(), *rest.itertuples()]]
-    ax.text(.5, -.1, '\n'.join(lines), transform=ax.transAxes, ha='center', va='top', fontsize=8)
-
-@app.command()
+# %% ../nbs/640_cli.ipynb #3edfd753
+@app.command(epilog='''\b
+Examples:
+  sleepnb demo
+  sleepnb demo --out somewhere --scale smoke''')
 def demo(
-    out:Annotated[Path, typer.Option(help='Folder for what it makes.')]=Path('sleepnb-demo'),
+    out:Annotated[Path, typer.Option(metavar='DIR', help='Folder for what it makes: new, or of a demonstration that goes '
+        'on.')]=Path('sleepnb-demo'),
+    scale:Annotated[str, typer.Option(metavar='NAME', help='small takes minutes; smoke takes seconds, and learns '
+        'nothing.')]='small',
 ):
-    "Find the channels that staging can use in four recordings with four ways of naming them."
-    import pandas as pd
-    from matplotlib.figure import Figure
-    from sleepnb.montage import ALIASES, resolve_montage
-    out.mkdir(parents=True, exist_ok=True)
-    typer.echo('Four laboratories, four ways to name channels. Wanted in each: ' + ', '.join(_WANTED) + '.\n')
-    axes = Figure(figsize=(11, 4)).subplots(1, len(_RECORDINGS))
-    tables = []
-    for ax,(dataset,names) in zip(axes, _RECORDINGS.items()):
-        found = resolve_montage(names.split(', '), _WANTED, ALIASES['isruc'] if 'ISRUC' in dataset else None)
-        typer.echo(f'{dataset}: {found!r}\n')
-        tables.append(found.table.assign(dataset=dataset))
-        _draw_montage(ax, dataset, found)
-    axes[0].figure.savefig(out/'montages.png', dpi=120, bbox_inches='tight')
-    pd.concat(tables).to_csv(out/'channels.csv', index=False)
-    typer.echo(f'channels.csv and montages.png are in {out.absolute()}')
+    """Pretrain, fine-tune, stage a real night, and report.
+
+    Three simulated cohorts with different channels pretrain an encoder; a twentieth of the stages of one fine-tunes it; the
+    same network learns from scratch. Both stage simulated people whom they have not seen, and a real night. DIR/report.html
+    tells what came out."""
+    from sleepnb.callbacks import keep_memory
+    from sleepnb.demo import run_demo, summary
+    keep_memory()
+    typer.echo(summary(run_demo(out, scale)))
+    typer.echo(f'\n{out.expanduser().absolute()/"report.html"}')
 
 # %% ../nbs/640_cli.ipynb #2f83b8ad
 @app.command()

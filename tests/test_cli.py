@@ -3,7 +3,6 @@ import io, json, os, shutil, signal, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import onnxruntime
 import pandas as pd
@@ -45,32 +44,6 @@ def call(*args):
             with pytest.raises(SystemExit) as stop: cli.main()
     finally: sys.argv = argv
     return SimpleNamespace(returncode=stop.value.code, **{n: s.getvalue() for n,s in streams.items()})
-
-def test_demo_leaves_what_it_says(tmp_path):
-    done = run('demo', '--out', tmp_path/'made', cwd=tmp_path)
-    assert done.returncode == 0 and not done.stderr
-    assert str(tmp_path/'made') in done.stdout.splitlines()[-1]
-    assert (tmp_path/'made'/'montages.png').read_bytes().startswith(b'\x89PNG')
-    table = pd.read_csv(tmp_path/'made'/'channels.csv', keep_default_na=False)
-    assert table[table.how == 'missing'].got.eq('').all() and len(table) == 48
-    mass = table[table.dataset == 'MASS-SS3'].set_index('wanted')
-    assert mass.loc['Chin', 'details'] == 'EMG Chin1 − EMG Chin2' and mass.loc['C3', 'got'] == 'C3-LE'
-
-def test_the_picture_of_the_readme_is_the_one_that_demo_draws(root, tmp_path):
-    run('demo', '--out', tmp_path)
-    made,shown = (plt.imread(p/'montages.png') for p in (tmp_path, root/'nbs'/'images'))
-    assert made.shape == shown.shape and abs(made - shown).mean() < .01, 'copy montages.png of sleepnb demo to nbs/images'
-
-def test_demo_into_a_place_that_cannot_be_written(tmp_path):
-    (tmp_path/'taken').write_text('')
-    (tmp_path/'folder'/'montages.png').mkdir(parents=True)
-    for out in ('taken', 'folder'):
-        done = run('demo', '--out', tmp_path/out)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and out in done.stderr
-
-def test_demo_on_a_terminal_that_knows_few_letters(tmp_path):
-    done = run('demo', '--out', tmp_path, env=os.environ | {'PYTHONIOENCODING': 'cp1252'}, encoding='cp1252')
-    assert done.returncode == 0 and 'Chin1 ? EMG Chin2' in done.stdout
 
 def test_simulate_writes_a_cohort_and_goes_on(tmp_path):
     for subjects in (1, 2):
@@ -189,7 +162,7 @@ def test_info_of_what_staging_cannot_use(tmp_path):
     done = call('info', edf)
     assert done.returncode == 0 and done.stdout.count('not used') == 3
 
-@pytest.mark.parametrize('args', [['--help'], ['pretrain', '--help'], ['stage', '--help'], ['train', 'sleepsmc', '--help'], ['export', '--help'],
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['pretrain', '--help'], ['stage', '--help'], ['train', 'sleepsmc', '--help'], ['export', '--help'],
                                   ['info', str(sample_files()[0])]], ids=lambda a: a[0])
 def test_quick_commands_load_nothing_that_takes_long(args):
     heavy = ['torch', 'fastai', 'mne', 'scipy', 'sklearn', 'matplotlib']
@@ -198,7 +171,7 @@ def test_quick_commands_load_nothing_that_takes_long(args):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]', done.stderr
 
-@pytest.mark.parametrize('command', ['info', 'prepare', 'pretrain', 'finetune', 'train supervised', 'train sleepsmc', 'train featurenet',
+@pytest.mark.parametrize('command', ['demo', 'info', 'prepare', 'pretrain', 'finetune', 'train supervised', 'train sleepsmc', 'train featurenet',
                                      'evaluate', 'stage', 'export'])
 def test_help_teaches_by_examples(command):
     done = call(*command.split(), '--help')
@@ -322,6 +295,15 @@ def test_a_training_survives_ctrl_c_and_a_kill(cassette, tmp_path, monkeypatch):
     assert table == [r.split()[:-1] for r in whole.stderr.splitlines()] and len(table) == 7
     a,b = (load_weights(tmp_path/f'{n}.safetensors')[0].state_dict() for n in ('cut', 'whole'))
     assert all(torch.equal(a[k], b[k]) for k in b)
+
+def test_a_training_that_was_cut_off_before_its_weights_were_written_goes_on(cassette, tmp_path, monkeypatch):
+    command = 'pretrain', cassette, '--passes', 1, '--out', tmp_path/'x.safetensors'
+    def press_ctrl_c(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr('sleepnb.learner.save_learner', press_ctrl_c)
+        assert call(*command).returncode == 130 and [p.name for p in tmp_path.iterdir()] == ['x.checkpoint.safetensors']
+    done = call(*command)
+    assert done.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ['x.safetensors'], done.stderr
 
 def test_a_training_that_diverges_leaves_no_weights(cassette, tmp_path):
     done = call('train', 'supervised', cassette, '--out', tmp_path/'x.safetensors', '--lr', '1e30', '--passes', 1, '--steps', 2)

@@ -2,6 +2,7 @@
 import ast, importlib.util, re, shutil, subprocess, sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import sleepnb
 from sleepnb.data.psg import sample_files
@@ -67,3 +68,8 @@ def test_python(source, tmp_path):
 def test_the_skip_does_not_hide_a_broken_import():
     assert list(missing('from sleepnb.montage import resolve_montage, no_such_name')) == ['sleepnb.montage.no_such_name']
     assert list(missing('from sleepnb.no_such_module import x')) == ['sleepnb.no_such_module']
+
+def test_the_picture_is_the_one_that_its_tool_draws(root, tmp_path):
+    subprocess.run([sys.executable, root/'tools'/'montages.py', tmp_path/'made.png'], check=True)
+    made,shown = plt.imread(tmp_path/'made.png'), plt.imread(root/'nbs'/'images'/'montages.png')
+    assert made.shape == shown.shape and abs(made - shown).mean() < .01, 'run python tools/montages.py'
