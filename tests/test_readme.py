@@ -23,10 +23,15 @@ def missing(source):
         yield from (f'{node.module}.{a.name}' for a in node.names if not hasattr(module, a.name))
 
 def test_readme_has_its_commands_and_doors():
-    assert len(SHELL) == 2 and len(PYTHON) == 6
+    assert len(SHELL) == 3 and len(PYTHON) == 6
     assert SHELL[0].rstrip().endswith('&& sleepnb demo')
     assert SHELL[1].rstrip().endswith('&& nbdev_test --n_workers 2 && python -m pytest -q -n 2 --dist loadfile tests')
-    assert all(s.startswith('python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt ') for s in SHELL)
+    assert all(s.startswith('python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt ') for s in SHELL[:2])
+
+def test_the_shell_stages_a_night(tmp_path):
+    shutil.copy(sample_files()[0], tmp_path/'night.edf')
+    subprocess.run([Path(sys.executable).with_name('sleepnb'), *SHELL[2].split()[1:]], cwd=tmp_path, check=True)
+    assert {p.name for p in tmp_path.iterdir()} == {'night.edf', 'night_stages.csv', 'night_report.html'}
 
 def write_recordings(folder):
     "Five nights of five people, each with a table of stages beside it."
