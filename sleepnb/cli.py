@@ -117,7 +117,7 @@ def simulate(
 ):
     "Write simulated nights as files, in the layout of a dataset and with its surprises."
     from sleepnb.data.simulated import simulate
-    made = simulate(cohort, folder, subjects, nights, hours, seed, whole_cap, jobs)
+    made = simulate(cohort, folder, subjects, nights, hours, seed, whole_cap, jobs, sys.stderr.isatty())
     typer.echo(f'{len(made.nights)} simulated nights in the layout of {cohort} are in {folder.absolute()}')
 
 # %% ../nbs/640_cli.ipynb #6e5af4c5

@@ -50,6 +50,7 @@ def test_simulate_writes_a_cohort_and_goes_on(tmp_path):
         done = run('simulate', 'sleep-edf', tmp_path/'made', '--subjects', subjects, '--nights', 1, '--hours', .1, '--seed', 7, '--jobs', 1)
         assert done.returncode == 0 and len(list((tmp_path/'made').glob('*PSG.edf'))) == subjects
         assert done.stdout.startswith(f'{subjects} simulated nights in the layout of sleep-edf are in') and str(tmp_path/'made') in done.stdout
+    assert 'simulating' not in done.stderr                                # a bar is for terminals
     assert '"seed": 7' in (tmp_path/'made'/'simulated.json').read_text()
 
 def test_simulate_says_what_is_wrong_in_one_line(tmp_path):

@@ -58,6 +58,8 @@ def test_notation_of_quarto():
     assert build.markdown('as in `@fig-a`', 'https://x.y/z') == 'as in `@fig-a`'
     assert build.markdown('- item\n  ```\n  @fig-a\n  ```', 'https://x.y/z') == '- item\n  ```\n  @fig-a\n  ```'
     assert build.options('#|\n#| echo: false\nx') == ({'echo': 'false'}, 'x')
+    shell = dict(cell_type='code', source='sleepnb info', metadata=dict(language='sh'), outputs=[])
+    assert build.convert(dict(cells=[shell]), 'https://x.y/z')['cells'][0]['source'] == '%%sh\nsleepnb info'
     assert build.options('#| echo: false\n#| fig-cap: "A night"\nplot()') == ({'echo': 'false', 'fig-cap': 'A night'}, 'plot()')
 
 # ---- in a browser

@@ -109,6 +109,7 @@ def convert(nb, site):
         elif doc := re.match(r'show_doc\((\S+)\)', source):
             if doc[1] not in defined: made.append(text(markdown(shown_doc(cell), site)))
         else:
+            if cell['metadata'].get('language') == 'sh': source = f'%%sh\n{source}' # which nbdev takes away
             if is_definition(opts) and (names := definitions(source)): made.append(text(api_heading(names, links)))
             made.append(code_cell(cell, opts, source))
     return nb | dict(cells=[dict(id=f'cell-{i}') | cell for i,cell in enumerate(made) if cell['source'].strip()])

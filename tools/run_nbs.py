@@ -21,8 +21,8 @@ def code_hash(nb):
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 def is_import(source):
-    "A cell of imports and directives alone."
-    return all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
+    "A cell of imports and directives alone; one of `%%sh` is none."
+    return not source.startswith('%%') and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
 
 USUAL = .13 # CPU seconds of the work below, on the machine that page times refer to
 
