@@ -452,7 +452,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #62c51a7a
+# %% ../nbs/600_stager.ipynb #60a9d8ff
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -588,7 +588,8 @@ class Stager:
             at = _find_night(prepared, how)
             prepared = _scaled(prepared.x, prepared.quality, at)
             hours = [o*EPOCH_SEC/3600 for o in (at.start, min(at.stop, n))]
-            notes.append(f'channels are scaled by the night, found from {hours[0]:.1f} to {hours[1]:.1f} h of {n*EPOCH_SEC/3600:.1f} h')
+            notes.append(f'channels are scaled by the night, found from {hours[0]:.1f} to {hours[1]:.1f} h '
+                         f'of {n*EPOCH_SEC/3600:.1f} h')
         prob = _probabilities(prepared=prepared, **how)
         staged = ~np.isnan(prob[:, 0])
         likeliest = np.where(staged, np.nan_to_num(prob).argmax(1), UNSCORED).astype(np.int8)

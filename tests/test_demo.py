@@ -109,7 +109,7 @@ def test_given_again_it_trains_nothing(whole):
     pd.testing.assert_frame_equal(results, pd.read_csv(whole[0]/'results.csv'))
 
 def test_a_stager_that_comes_with_sleepnb_is_asked_too(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr('sleepnb.stager._own_weights', lambda: whole[0]/'scratch.safetensors')
+    monkeypatch.setattr('sleepnb.stager.OWN_WEIGHTS', whole[0]/'scratch.safetensors')
     shutil.copytree(whole[0], tmp_path/'made')
     of = demo.run_demo(tmp_path/'made', 'smoke').query('data == "SC4001E0-PSG"').pivot(index='metric', columns='network', values='value')
     assert of.shipped.equals(of.scratch) and (tmp_path/'made'/'stages_shipped.csv').exists()

@@ -13,7 +13,7 @@ from sleepnb.export import export_onnx
 from sleepnb.models.network import Backbone, StageNetwork
 from sleepnb.montage import parse_channel
 from sleepnb.multimodal.sleepsmc import SleepSMC
-from sleepnb.stager import Stager, _open, _prepare
+from sleepnb.stager import Stager, _prepare, open_source
 from sleepnb.synth import synth_night
 from sleepnb.weights import save_weights
 
@@ -42,7 +42,7 @@ def night(channels):
 def inputs_of(stager, recording, channels):
     found,_ = stager.choose(channels)
     names = [d.got.name for d in found.derivations]
-    p = _prepare(_open(recording, None)[0], found, stager.recipe, (0., len(recording.stages)))
+    p = _prepare(open_source(recording, None)[0], found, stager.recipe, (0., len(recording.stages)))
     return names, dict(x=np.stack(p.x, 1), median=p.median.astype(np.float32), scale=p.scale.astype(np.float32), there=p.quality == 'good')
 
 NETWORKS = {
