@@ -52,7 +52,7 @@ _version_option = typer.Option('--version', callback=_version, is_eager=True, he
 @app.callback()
 def _options(version:Annotated[bool, _version_option]=False): pass
 
-# %% ../nbs/640_cli.ipynb #75196d03
+# %% ../nbs/640_cli.ipynb #e876b7d3
 def _say(text): typer.echo(f'sleepnb: {text}', err=True) # standard output is for results
 
 def _told(
@@ -78,7 +78,8 @@ def main():
             if type(error).__name__ == 'NoArgsIsHelpError': error.show()
             else: _say(_told(error))
             code = 2
-    if code == 130: _say('interrupted. The same command, given again, goes on.')
+    goes_on = sys.argv[1:2] not in (['stage'], ['export'], ['evaluate'], ['info'])
+    if code == 130: _say('interrupted.' + ' The same command, given again, goes on.'*goes_on)
     sys.exit(code or 0)
 
 # %% ../nbs/640_cli.ipynb #3edfd753
@@ -203,7 +204,7 @@ def prepare(
     for night,why in made.failed.items(): _say(f'{night} failed: {why}')
     if made.failed: raise typer.Exit(1)
 
-# %% ../nbs/640_cli.ipynb #4504ca4a
+# %% ../nbs/640_cli.ipynb #28dd3e85
 _out = typer.Option('--out', metavar='WEIGHTS', help='Where the weights go: a .safetensors file.')
 _split = typer.Option('--split', metavar='FILE', help='A file that Split.save wrote: who trains, validates and is tested.')
 _passes = typer.Option('--passes', metavar='N', min=1, help='Times through the training data.')
@@ -230,8 +231,9 @@ def _train(learn, passes, out, what, **notes):
     from sleepnb.learner import fit_to_file
     keep_memory()
     split,train = learn.dls.split, learn.dls.train
-    title = (f'{what} on {", ".join(train.stores.cohorts)}: {len(split.train)} subjects train, {len(split.valid)} validate, '
-             f'{len(split.test)} are kept for testing (split {split.id})\npasses: {passes}, steps of a pass: {len(train)}')
+    train_n,valid_n,test_n = (sum(c in train.stores.cohorts for c,_ in p) for p in (split.train, split.valid, split.test))
+    title = (f'{what} on {", ".join(train.stores.cohorts)}: {train_n} subjects train, {valid_n} validate, '
+             f'{test_n} are kept for testing (split {split.id})\npasses: {passes}, steps of a pass: {len(train)}')
     with learn.no_bar(), learn.no_logging(): trained = fit_to_file(learn, passes, out, cbs=TerminalProgress(title), **notes)
     typer.echo(f'{out}: {"the weights are there" if trained else "the weights of this training were there already"}')
 
@@ -322,7 +324,7 @@ def finetune(
                              heads_of=heads, seed=seed)
     _train(learn, passes, out, 'fine-tuning', labels=labels, pretrained=weights.name)
 
-# %% ../nbs/640_cli.ipynb #c3558166
+# %% ../nbs/640_cli.ipynb #fa922b2a
 train = typer.Typer(**_plain)
 app.add_typer(train, name='train', help='Train a system from random weights.')
 
@@ -347,7 +349,8 @@ def supervised(
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.learner import supervised_learner
     dls = labelled_loaders(store, split, labels, min_steps=steps, seed=seed, device=_checked_device(device))
-    _train(supervised_learner(dls, lr=lr, patience=max(1, passes//3), seed=seed), passes, out, 'training', labels=labels)
+    learn = supervised_learner(dls, lr=lr, patience=max(1, passes//3), seed=seed, backbone=dict(drop=0.)) # as pretraining
+    _train(learn, passes, out, 'training', labels=labels)
 
 # %% ../nbs/640_cli.ipynb #7593a58a
 _stores = typer.Argument(metavar='STORE...', help='Prepared cohorts with stages, one or several.')
@@ -511,7 +514,7 @@ def evaluate(
     if subsets: found['subsets'] = _subsets(learn)
     typer.echo(json.dumps(found) if as_json else _as_text(found))
 
-# %% ../nbs/640_cli.ipynb #72ce0b83
+# %% ../nbs/640_cli.ipynb #b76c5b20
 _Format = StrEnum('_Format', 'csv tsv bids edf')
 _ENDINGS = dict(csv='_stages.csv', tsv='_stages.tsv', bids='_desc-stages_events.tsv', edf='_stages.edf')
 
@@ -533,8 +536,9 @@ def _places(
         if (other := whose.setdefault(stem.casefold(), file)) is not file:
             raise SleepnbError('two recordings would be written to the same file', where=made[file][0],
                 found=f'{other} and {file}', remedy='Stage them one after the other, each with its own --out DIR.')
-        if (first := made[file][0]).is_file() and not is_staging(first):
-            raise SleepnbError('this file is there already, and was not staged by sleepnb', where=first,
+        for path in filter(Path.is_file, made[file]):
+            if b'Made by sleepnb' in path.read_bytes() if path.suffix == '.html' else is_staging(path): continue
+            raise SleepnbError('this file is there already, and was not written by sleepnb', where=path,
                                remedy='Name another folder: --out DIR.')
     return made
 
@@ -593,9 +597,7 @@ def _staging_as_text(staging, scored, paths):
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #67cd227f
-def _names(text): return text and [o.strip() for o in text.split(',')]
-
+# %% ../nbs/640_cli.ipynb #35e63e21
 def _aliases(given): # NAME=CHANNEL, of each
     if bad := [o for o in given or () if not all(o.rpartition('='))]:
         raise SleepnbError('an alias has two sides', expected='NAME=CHANNEL, such as X1=Chin', found=bad[0])
@@ -640,7 +642,7 @@ def stage(
     if hypnogram and len(files) > 1:
         raise SleepnbError('one hypnogram belongs to one recording', where=hypnogram, found=_count(len(files), 'recording'))
     how = dict(modalities=_names(modalities), channels=_names(channels), smooth=smooth, aliases=_aliases(alias), unit=unit)
-    places,stager,failed = _places(files, out, kind, report), Stager.load(weights), 0
+    places,stager,failed = _places(files, out.expanduser(), kind, report), Stager.load(weights), 0
     for i,(file,paths) in enumerate(places.items()):
         if len(files) > 1 and sys.stderr.isatty(): _say(f'{i + 1} of {len(files)}, {file}')
         try:

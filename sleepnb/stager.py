@@ -205,7 +205,7 @@ def _at_100_hz(
     short = n*EPOCH_SEC*FS - len(y)
     return to_epochs(np.pad(y, (0, short), 'edge') if short > 0 else y)[:n]
 
-# %% ../nbs/600_stager.ipynb #c6b29f31
+# %% ../nbs/600_stager.ipynb #44c2735b
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -242,7 +242,8 @@ def _scaled(
     quality:np.ndarray,     # as in `_Prepared`
     by:slice=slice(None),   # epochs
 )->_Prepared:
-    stats = [_stats(o[by], q[by] == 'good') for o,q in zip(x, quality.T)]
+    good = [q == 'good' for q in quality.T]
+    stats = [_stats(o[by], g[by]) if g[by].any() else _stats(o, g) for o,g in zip(x, good)]
     return _Prepared(x, *np.array(stats).T, quality)
 
 def _prepare(
@@ -354,14 +355,14 @@ def _probabilities(
             prob[some] = logits.float().softmax(-1).numpy()
     return prob
 
-# %% ../nbs/600_stager.ipynb #4d226043
+# %% ../nbs/600_stager.ipynb #0208451f
 LONG_HOURS,NIGHT_HOURS,WAKE_MIN = 12, 8, 30
 
 def _find_night(
     prepared:_Prepared,
     how:dict,            # further arguments of `_probabilities`
 )->slice:                # epochs
-    "Sleep, and half an hour on either side: the longest sleep of the recording."
+    "The sleep within the eight hours that have most of it, and half an hour on either side."
     few = replace(prepared, x=[o[::4] for o in prepared.x], quality=prepared.quality[::4])
     asleep = 1 - np.nan_to_num(_probabilities(prepared=few, **how)[:, 0], nan=1.)
     n,margin = NIGHT_HOURS*3600 // EPOCH_SEC, WAKE_MIN*60 // EPOCH_SEC
@@ -452,7 +453,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #60a9d8ff
+# %% ../nbs/600_stager.ipynb #229d295b
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -514,7 +515,7 @@ class Stager:
         path:str|Path|None=None, # a weights file; by default the one that comes with sleepnb
     )->'Stager':
         "Raises `WeightsError` for a file that is missing, damaged or for something else."
-        path = path or OWN_WEIGHTS
+        if path is None: path = OWN_WEIGHTS
         network,description = load_weights(path)
         return cls(network, description, Path(path).name)
 
@@ -588,7 +589,7 @@ class Stager:
             at = _find_night(prepared, how)
             prepared = _scaled(prepared.x, prepared.quality, at)
             hours = [o*EPOCH_SEC/3600 for o in (at.start, min(at.stop, n))]
-            notes.append(f'channels are scaled by the night, found from {hours[0]:.1f} to {hours[1]:.1f} h '
+            notes.append(f'channels are scaled by the eight hours with most sleep: from {hours[0]:.1f} to {hours[1]:.1f} h '
                          f'of {n*EPOCH_SEC/3600:.1f} h')
         prob = _probabilities(prepared=prepared, **how)
         staged = ~np.isnan(prob[:, 0])

@@ -565,7 +565,7 @@ STAGE_WRONG = { # why → what follows `sleepnb stage`; --weights are added
     'one hypnogram belongs to one recording': ['@night.edf', '@other.edf', '--hypnogram', '@scored.csv', *NEW],
     'two recordings would be written to the same file': ['@night.edf', '@deep/night.edf', *NEW],
     'night.edf and': ['@night.edf', '@night.edf', *NEW],
-    'this file is there already, and was not staged by sleepnb': ['@night.edf', '--out', '@taken']}
+    'this file is there already, and was not written by sleepnb': ['@night.edf', '--out', '@taken']}
 
 @pytest.mark.parametrize('why', STAGE_WRONG)
 def test_wrong_uses_of_stage_are_told_in_one_line_and_leave_nothing(why, shelf, monkeypatch):
