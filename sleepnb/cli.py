@@ -662,7 +662,7 @@ def _write_report(staging, path, file, how):
     from sleepnb.report import write_report
     write_report(staging, path, file, how['aliases'], how['unit'])
 
-# %% ../nbs/640_cli.ipynb #768fb04b
+# %% ../nbs/640_cli.ipynb #ea61c953
 @app.command(epilog='''\b
 Examples:
   sleepnb export stager.safetensors --onnx stager.onnx
@@ -678,7 +678,7 @@ def export(
     """Write a network as an ONNX file, for programs without sleepnb.
 
     The file takes filtered epochs of 30 s at 100 Hz, and gives the probabilities of the stages. Its metadata say what goes in:
-    channels, filter, units. It needs pip install 'sleepnb[onnx]', and takes a minute at most."""
+    channels, filter, units. It needs pip install 'sleepnb[onnx]', and takes less than a minute."""
     from sleepnb.export import export_onnx
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')

@@ -146,7 +146,7 @@ def _traced(
         o.ClearField('metadata_props')                                          # has paths of this machine
     return made
 
-# %% ../nbs/605_export.ipynb #e5633f04
+# %% ../nbs/605_export.ipynb #90b3eff4
 def _metadata(
     stager:Stager,
     of:dict[str, list[int]], # modality → numbers of its channels
@@ -172,7 +172,7 @@ def export_onnx(
 
     Raises `SleepnbError` when the extra `onnx` is not installed or torch cannot write the network, and `MontageError` for
     channels that the network cannot take."""
-    path,(onnx,onnxruntime) = Path(path), _extra()
+    path,(onnx,onnxruntime) = Path(path).expanduser(), _extra()
     if path.suffix != '.onnx' or path.is_dir():
         raise SleepnbError('this cannot be the name of an ONNX file', where=path, expected='a file such as stager.onnx')
     stager = weights if isinstance(weights, Stager) else Stager.load(weights)
