@@ -6,7 +6,7 @@
 __all__ = ['app', 'train', 'main', 'demo', 'simulate', 'info', 'prepare', 'pretrain', 'finetune', 'supervised', 'sleepsmc',
            'featurenet', 'evaluate', 'stage', 'export']
 
-# %% ../nbs/640_cli.ipynb #93cf27ed
+# %% ../nbs/640_cli.ipynb #8f400e78
 import json
 import math
 import os
@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from enum import StrEnum
+from functools import wraps
 from inspect import signature
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .core import HypnogramError, SleepnbError, Stage, WeightsError
+from .core import HypnogramError, SleepnbError, Stage, WeightsError, unwritable
 
 # %% ../nbs/640_cli.ipynb #e29bd06b
 _plain = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -265,7 +266,7 @@ def pretrain(
     dls = pretraining_loaders(stores, split, seed=seed, device=_checked_device(device))
     _train(mtssrl_learner(dls, lr=lr, seed=seed), passes, out, 'pretraining')
 
-# %% ../nbs/640_cli.ipynb #20257459
+# %% ../nbs/640_cli.ipynb #2b04bc5c
 def _inherited(weights, store): # the split of the weights, if it knows this cohort
     from sleepnb.learner import saved_split
     split = saved_split(weights)
@@ -313,6 +314,7 @@ def finetune(
     on whom the weights were trained are never validated or tested on.
 
     Layers are freed after a sixth, a third and half of the passes. The weights of the best pass are kept."""
+    from sleepnb.callbacks import unfreeze_passes
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.data.store import EpochStore
     from sleepnb.learner import finetune_learner
@@ -320,7 +322,7 @@ def finetune(
     split = split or _inherited(weights, store)
     heads = _donor(weights, store, heads_of)
     dls = labelled_loaders(store, split, labels, min_steps=steps, seed=seed, device=_checked_device(device))
-    learn = finetune_learner(dls, weights, lr=lr, unfreeze=[round(passes*k/6) for k in (1, 2, 3)], patience=max(1, passes//3),
+    learn = finetune_learner(dls, weights, lr=lr, unfreeze=unfreeze_passes(passes), patience=max(1, passes//3),
                              heads_of=heads, seed=seed)
     _train(learn, passes, out, 'fine-tuning', labels=labels, pretrained=weights.name)
 
@@ -352,7 +354,7 @@ def supervised(
     learn = supervised_learner(dls, lr=lr, patience=max(1, passes//3), seed=seed, backbone=dict(drop=0.)) # as pretraining
     _train(learn, passes, out, 'training', labels=labels)
 
-# %% ../nbs/640_cli.ipynb #7593a58a
+# %% ../nbs/640_cli.ipynb #43c83963
 _stores = typer.Argument(metavar='STORE...', help='Prepared cohorts with stages, one or several.')
 _primary = typer.Option('--primary', metavar='MODALITY', help='What will stage: EEG, EOG or EMG; all: whichever are there.')
 _channel_mode = typer.Option('--channel-mode', metavar='MODE', help='joint: filters see all channels of a modality at once; '
@@ -363,20 +365,19 @@ _hide = typer.Option('--hide', metavar='SHARE', min=0, max=.99, help='With --pri
 
 def _names(text): return None if text is None else [n.strip() for n in text.split(',')]
 
-def _train_modalities(stores, out, what, compare, split, labels, passes, lr, seed, device, **model):
+def _train_modalities(what, compare, stores, out, primary, channel_mode, modalities, hide, labels, split, passes, lr, seed, device):
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.learner import sleepsmc_learner
-    primary,hide = model['primary'], model['hide']
     if hide and primary != 'all':
         raise SleepnbError('nothing is hidden from a network that stages with one modality', found=f'--hide {hide:g}',
                            remedy='Leave it out, or train with --primary all.')
-    dls = labelled_loaders(stores, split, labels, bs=128, seed=seed, modalities=tuple(_names(model['modalities'])),
+    dls = labelled_loaders(stores, split, labels, bs=128, seed=seed, modalities=tuple(_names(modalities)),
                            device=_checked_device(device))
-    learn = sleepsmc_learner(dls, None if primary == 'all' else primary, model['channel_mode'], uncertainty=compare,
-                             contrast=compare, lr=lr, seed=seed, model=dict(hide=hide))
+    learn = sleepsmc_learner(dls, None if primary == 'all' else primary, channel_mode, uncertainty=compare, contrast=compare,
+                             lr=lr, seed=seed, model=dict(hide=hide))
     _train(learn, passes, out, f'training {what}', labels=labels)
 
-# %% ../nbs/640_cli.ipynb #33801549
+# %% ../nbs/640_cli.ipynb #1f4e7d8b
 @train.command(epilog='''\b
 Examples:
   sleepnb train sleepsmc stores/isruc --primary EOG --out eog.safetensors
@@ -403,32 +404,19 @@ def sleepsmc(
 
     Without --split, subjects are divided as pretrain divides them. The weights of the pass with the highest validation accuracy
     are kept. An interrupted training goes on when the same command is given again."""
-    _train_modalities(stores, out, 'SleepSMC', True, split, labels, passes, lr, seed, device, primary=primary,
-                      channel_mode=channel_mode, modalities=modalities, hide=hide)
+    _train_modalities('SleepSMC', True, stores, out, primary, channel_mode, modalities, hide, labels, split, passes, lr, seed,
+                      device)
 
-# %% ../nbs/640_cli.ipynb #9fc639dd
+# %% ../nbs/640_cli.ipynb #dc1d7be3
 @train.command(epilog='''\b
 Example:
   sleepnb train featurenet stores/isruc --primary EOG --out eog.safetensors''')
-def featurenet(
-    stores:Annotated[list[Path], _stores],
-    out:Annotated[Path, _out],
-    primary:Annotated[str, _primary]='EEG',
-    channel_mode:Annotated[str, _channel_mode]='joint',
-    modalities:Annotated[str, _modalities]='EEG,EOG,EMG',
-    hide:Annotated[float, _hide]=0,
-    labels:Annotated[float, _labels]=1,
-    split:Annotated[Path|None, _split]=None,
-    passes:Annotated[int, _passes]=20,
-    lr:Annotated[float, _lr]=1e-3,
-    seed:Annotated[int, _seed]=0,
-    device:Annotated[str|None, _device]=None,
-):
+@wraps(sleepsmc, assigned=['__annotations__']) # the same options
+def featurenet(**options):
     """The network of sleepsmc, whose modalities learn side by side and are not compared.
 
     It is the rival of sleepsmc, and quicker. All options are the same."""
-    _train_modalities(stores, out, 'FeatureNet', False, split, labels, passes, lr, seed, device, primary=primary,
-                      channel_mode=channel_mode, modalities=modalities, hide=hide)
+    _train_modalities('FeatureNet', False, **options)
 
 # %% ../nbs/640_cli.ipynb #eb5d413e
 _SCORES = dict(kappa='κ', macro_f1='macro-F1', accuracy='accuracy', balanced_accuracy='balanced accuracy') \
@@ -514,7 +502,7 @@ def evaluate(
     if subsets: found['subsets'] = _subsets(learn)
     typer.echo(json.dumps(found) if as_json else _as_text(found))
 
-# %% ../nbs/640_cli.ipynb #b76c5b20
+# %% ../nbs/640_cli.ipynb #8d3b2ba9
 _Format = StrEnum('_Format', 'csv tsv bids edf')
 _ENDINGS = dict(csv='_stages.csv', tsv='_stages.tsv', bids='_desc-stages_events.tsv', edf='_stages.edf')
 
@@ -525,8 +513,7 @@ def _places(
     report:bool,
 )->dict[Path, list[Path]]: # recording → what is written of it
     from sleepnb.data.psg import is_staging
-    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
+    if there := unwritable(out):
         raise SleepnbError('nothing can be written there', where=out, remedy='Name another folder: --out DIR.',
                            found=f'{there} is {"not yours to write to" if there.is_dir() else "a file"}')
     made,whose = {}, {}

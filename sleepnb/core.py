@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPOCH_SEC', 'UNSCORED', 'Stage', 'Modality', 'SleepnbError', 'RecordingError', 'MontageError', 'HypnogramError',
-           'StoreError', 'SplitError', 'WeightsError', 'seed_of', 'rng', 'write_whole']
+           'StoreError', 'SplitError', 'WeightsError', 'seed_of', 'rng', 'write_whole', 'unwritable']
 
 # %% ../nbs/000_core.ipynb #0dd0fea5
 import json
@@ -84,7 +84,7 @@ def rng(
     "A fresh numpy generator for the draw that `keys` name."
     return np.random.default_rng(seed_of(*keys))
 
-# %% ../nbs/000_core.ipynb #a4c634dc
+# %% ../nbs/000_core.ipynb #1d403d12
 def write_whole(
     path:Path,     # replaced if it exists; its folder is made if need be
     content:bytes,
@@ -99,3 +99,10 @@ def write_whole(
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
+
+def unwritable(
+    folder:Path,  # may not exist yet
+)->Path|None:     # a file, or a folder that is write-protected
+    "What stands in the way of writing into a folder; `None` if nothing does."
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return None if there.is_dir() and os.access(there, os.W_OK) else there

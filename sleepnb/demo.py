@@ -6,7 +6,7 @@
 __all__ = ['MONTAGES', 'SCALES', 'LABELS', 'NETWORKS', 'METRICS', 'Scale', 'demo_split', 'LossLog', 'verdict', 'run_demo',
            'summary']
 
-# %% ../nbs/635_demo.ipynb #74112c26
+# %% ../nbs/635_demo.ipynb #123201cb
 import base64
 import html
 import io
@@ -23,8 +23,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import __version__
-from .callbacks import TerminalProgress, TrainingCallback
-from .core import EPOCH_SEC, SleepnbError, Stage, WeightsError, write_whole
+from .callbacks import TerminalProgress, TrainingCallback, unfreeze_passes
+from .core import EPOCH_SEC, SleepnbError, Stage, write_whole
 from .data.loaders import Stores, labelled_loaders, pretraining_loaders
 from .data.psg import Night, sample_files
 from .data.splits import PARTS, Split
@@ -34,6 +34,7 @@ from .learner import (finetune_learner, fit_to_file, load_learner, mtssrl_learne
 from .metrics import confusion, score_difference, score_table
 from .montage import parse_channel, plot_montage
 from .plots import plot_confusion, plot_hypnogram
+from .report import html_table
 from .stager import Stager, Staging
 from .synth import synth_night
 
@@ -143,7 +144,7 @@ def _fit(learn, passes, weights, title):
     cbs = [TerminalProgress(title), LossLog(_log_of(weights))]
     with learn.no_bar(), learn.no_logging(): fit_to_file(learn, passes, weights, cbs=cbs)
 
-# %% ../nbs/635_demo.ipynb #b59cd3ed
+# %% ../nbs/635_demo.ipynb #d6208e22
 NETWORKS = dict(pretrained='pretrained, then fine-tuned', scratch='from scratch', shipped='comes with sleepnb')
 
 def _files(out): return dict(pretrained=out/'weights.safetensors', scratch=out/'scratch.safetensors')
@@ -164,8 +165,8 @@ def _train(
     passes,facts['labels'] = scale.tune_passes, len(dls.train.rows)
     how = dict(lr=1e-3, patience=max(1, passes//3), seed=seed)
     files,title = _files(out), f'on {facts["labels"]} scored epochs of {scored.cohorts[0]}, {len(dls.train)} steps a pass'
-    unfreeze = [round(passes*k/6) for k in (1, 2, 3)]                  # as the command line has it
-    _fit(finetune_learner(dls, encoder, unfreeze=unfreeze, **how), passes, files['pretrained'], f'Fine-tuning {title}')
+    tuning = finetune_learner(dls, encoder, unfreeze=unfreeze_passes(passes), **how)
+    _fit(tuning, passes, files['pretrained'], f'Fine-tuning {title}')
     _fit(supervised_learner(dls, backbone=dict(drop=0.), **how), passes, files['scratch'], f'From scratch {title}')
     return facts
 
@@ -199,17 +200,15 @@ def _compare(
             for k,t in tables.items() for m in METRICS]
     return pd.DataFrame(rows).assign(people=first.subject.nunique(), epochs=len(first))
 
-# %% ../nbs/635_demo.ipynb #c16ce08e
+# %% ../nbs/635_demo.ipynb #6571f60a
 def _stage_real(
     out:Path,
-)->tuple[dict[str, Staging], str]: # network → the night; on whom the shipped stager was trained, or why there is none
+)->tuple[dict[str, Staging], str]: # network → the night; on whom the shipped stager was trained
     "Stages the real night with every network there is, and writes the stages."
     stagers,psg = {k: Stager.load(p) for k,p in _files(out).items()}, sample_files()
-    try:
-        stagers['shipped'] = Stager.load()
-        seen = stagers['shipped'].description.get('fitted', {})
-        about = f'The third comes with sleepnb and learned from {", ".join(f"{len(v)} people of {c}" for c,v in seen.items())}.'
-    except WeightsError as error: about = f'There is no third one: {error.what}.'
+    stagers['shipped'] = Stager.load()
+    seen = stagers['shipped'].description['fitted']
+    about = f'The third comes with sleepnb and learned from {", ".join(f"{len(v)} people of {c}" for c,v in seen.items())}.'
     nights = {}
     for name,stager in stagers.items():
         nights[name] = stager.stage(psg[0], hypnogram=psg[1])
@@ -221,7 +220,7 @@ def _agree(nights:dict[str, Staging])->pd.DataFrame: # as from `_compare`
     return pd.DataFrame([dict(data=nights[k].name, network=k, metric=m, value=a[m], people=1, epochs=a['epochs'])
                          for k,a in found.items() for m in METRICS])
 
-# %% ../nbs/635_demo.ipynb #9cd17b57
+# %% ../nbs/635_demo.ipynb #2e6ebed6
 def _picture(
     fig:Figure,
     text:str,   # what it shows, for those who do not see it
@@ -232,19 +231,11 @@ def _picture(
     told = html.escape(text)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{told}"><figcaption>{told}</figcaption></figure>'
 
-def _html_table(
-    rows:list[list[str]], # the first is the head
-    kind:str='numbers',   # or `'words'`
-)->str:
-    def row(cells, tag): return '<tr>' + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
-    body = ''.join(row(r, 'td') for r in rows[1:])
-    return f'<div class="wide"><table class="{kind}"><thead>{row(rows[0], "th")}</thead><tbody>{body}</tbody></table></div>'
-
 def _text(*sentences): return f'<p>{html.escape(" ".join(sentences))}</p>'
 
 _STYLE = '''body{font:1rem/1.5 system-ui,sans-serif;max-width:54rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 h1,h2{line-height:1.2}h2{margin-top:2.2rem}figure{margin:1rem 0;overflow-x:auto}img{width:100%;min-width:34rem}
-figcaption{font-size:.85rem;color:#555}.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+figcaption{font-size:.85rem;color:#555}.table{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem 1rem .25rem 0;text-align:left;border-bottom:1px solid #ddd}
 .numbers td{white-space:nowrap}.numbers :is(th,td):not(:first-child){text-align:right}'''
 
@@ -302,7 +293,7 @@ def _draw_confusions(
         ax.set_title(title, fontsize='medium')
     return fig
 
-# %% ../nbs/635_demo.ipynb #0f93034f
+# %% ../nbs/635_demo.ipynb #06fa8153
 def _cell(row, sign=''): # a row of results, as text
     value = f'{row.value:{sign}.3f}'
     return (value if not np.isfinite(row.low) else f'{value} ({row.low:.3f} to {row.high:.3f})').replace('-', '−')
@@ -315,6 +306,10 @@ def _score_rows(
     cells = [[METRICS[m], *(_cell(of.loc[m], '+' if k == 'difference' else '') for k,of in by.items())] for m in metrics]
     return [['', *(NETWORKS.get(k, k) for k in by)], *cells]
 
+def _score_table(results): # as HTML
+    head,*rows = _score_rows(results, METRICS)
+    return html_table(head, rows, 'numbers')
+
 def verdict(
     low:float,  # of the interval of a difference
     high:float,
@@ -324,7 +319,7 @@ def verdict(
     if high < 0: return 'The interval lies below zero: for these people, pretraining did harm.'
     return 'The interval has zero within it: these people do not decide whether pretraining helped.'
 
-# %% ../nbs/635_demo.ipynb #daf3657c
+# %% ../nbs/635_demo.ipynb #3730f860
 def _intro(scale):
     return [_text('What sleepnb does, once and in small, on this machine. For research: sleepnb is not a medical device.'),
         _text('The nights of the cohorts S, I and A are simulated: nobody slept them. One night is real: recording SC4001E0 of',
@@ -350,7 +345,7 @@ def _on_people(tested, results):
     return ['<h2>Simulated people whom neither network has seen</h2>',
         _text(f'{apart.people} people of S, {apart.epochs} epochs. In brackets: 95 % intervals over people. The difference is',
               f'"{NETWORKS["pretrained"]}" minus "{NETWORKS["scratch"]}".'),
-        _html_table(_score_rows(results, METRICS)),
+        _score_table(results),
         _text(f'In macro-F1 the difference is {_cell(apart, "+")}. {verdict(apart.low, apart.high)}',
               'This says nothing of other seeds, longer trainings or real nights.'),
         _picture(_draw_confusions({NETWORKS[k]: (t.stage, t.pred) for k,t in tested.items()}),
@@ -361,12 +356,12 @@ def _on_real_night(nights, results, about):
     return ['<h2>A real night</h2>',
         _text(f'{len(first.stages)} epochs of {first.name}. The two networks learned from simulated people only. {about}',
               'One night of one person says little about a network.'),
-        _html_table(_score_rows(results, METRICS)),
+        _score_table(results),
         _picture(_draw_nights(nights), 'Stages over the night. Grey: the scorer. Black, below: epochs in which both differ.'),
         _picture(_draw_confusions({NETWORKS[k]: (n.reference, n.stages) for k,n in nights.items()}),
                  'Epochs of the real night: stage of the scorer, and what each network took it for.')]
 
-_LEFT = [['file', 'what it holds'], ['weights.safetensors', 'the fine-tuned network; sleepnb stages with it'],
+_LEFT = [['weights.safetensors', 'the fine-tuned network; sleepnb stages with it'],
          ['encoder.safetensors', 'the pretrained encoder, for other fine-tunings'],
          ['scratch.safetensors', 'the network from scratch'], ['results.csv', 'all scores, with their intervals'],
          ['stages_….csv', 'the stages of the real night, by each network'],
@@ -377,7 +372,8 @@ def _report(out, scale, seed, facts, tested, nights, about, results):
     simulated,real = (of for _,of in results.groupby('data', sort=False))
     parts = [*_intro(scale), *_on_training(out, scale, facts), *_on_people(tested, simulated),
              *_on_real_night(nights, real, about)]
-    end = ['<h2>What is beside this report</h2>', _html_table(_LEFT, 'words'), _text(f'sleepnb {__version__}, seed {seed}.')]
+    end = ['<h2>What is beside this report</h2>', html_table(['file', 'what it holds'], _LEFT),
+        _text(f'sleepnb {__version__}, seed {seed}.')]
     return _page('sleepnb: a demonstration', parts + end)
 
 # %% ../nbs/635_demo.ipynb #56df5e71

@@ -6,8 +6,7 @@
 __all__ = ['mtssrl_learner', 'save_learner', 'saved_split', 'finetune_learner', 'fit_to_file', 'supervised_learner',
            'sleepsmc_learner', 'predict_stages', 'score_subsets', 'extract_features', 'load_learner']
 
-# %% ../nbs/530_learner.ipynb #8c47db49
-import os
+# %% ../nbs/530_learner.ipynb #ae5ccdcb
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import combinations
@@ -28,7 +27,7 @@ from torch import nn
 
 from .callbacks import (Checkpoint, KeepBest, ModalityRecord, Reproducible, TaskRecord, Unfreeze, digest, stage_metrics,
                                training_facts)
-from .core import UNSCORED, SleepnbError, Stage, StoreError, WeightsError
+from .core import UNSCORED, SleepnbError, Stage, StoreError, WeightsError, unwritable
 from .data.loaders import EpochLoader, rows_of
 from .data.splits import Split, check_unseen
 from .metrics import score_table
@@ -184,14 +183,13 @@ def finetune_learner(
     learn.seen_before,learn.origin = seen, digest(*(v.cpu().numpy() for v in backbone.state_dict().values()))
     return learn
 
-# %% ../nbs/530_learner.ipynb #8fe6db1a
+# %% ../nbs/530_learner.ipynb #7c1d073e
 def _check_room(path:Path):
     "Can weights be written there?"
     if path.suffix != '.safetensors' or path.is_dir():
         raise WeightsError('this cannot be the name of weights', where=path, expected='a file such as weights.safetensors',
                            found='a folder' if path.is_dir() else f'the ending {path.suffix!r}')
-    there = next(p for p in path.absolute().parents if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
+    if there := unwritable(path.parent):
         raise WeightsError('nothing can be written there', where=path, found=f'{there} is '
                            f'{"write-protected" if there.is_dir() else "a file"}', remedy='Name another folder.')
 

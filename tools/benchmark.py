@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT/'nbs'/'artifacts'
+MACHINE = f'{platform.machine()}, {os.cpu_count()} cores'
+ONE_THREAD = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
 
 PREAMBLE = '''
 import json, resource, sys, time, warnings
@@ -140,10 +142,9 @@ def write_recording(path, hours, mixed):
 
 def measure(code, *args):
     "Runs the code in a process with one thread, and returns what it prints."
-    environment = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
-    run = subprocess.run([sys.executable, '-c', code, *args], env=environment, check=True, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-c', code, *args], env=ONE_THREAD, check=True, capture_output=True, text=True)
     print(run.stdout.splitlines()[-1], flush=True)
-    return dict(machine=f'{platform.machine()}, {os.cpu_count()} cores') | json.loads(run.stdout.splitlines()[-1])
+    return dict(machine=MACHINE) | json.loads(run.stdout.splitlines()[-1])
 
 def benchmark_data(folder, repeats):
     rows = []
@@ -202,9 +203,8 @@ REPORT = "print(json.dumps(dict(parts=parts, stages=''.join(str(int(s)) for s in
 
 def measure_whole(code, *args):
     "Runs the code in a process with one thread; CPU seconds and peak memory of all of it, and what it prints."
-    environment = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
     with tempfile.TemporaryFile('w+') as out:
-        run = subprocess.Popen([sys.executable, '-c', code, *args], env=environment, stdout=out, stderr=subprocess.DEVNULL)
+        run = subprocess.Popen([sys.executable, '-c', code, *args], env=ONE_THREAD, stdout=out, stderr=subprocess.DEVNULL)
         _,status,used = os.wait4(run.pid, 0)
         run.returncode = os.waitstatus_to_exitcode(status)
         if run.returncode: raise SystemExit(f'exit {run.returncode}: {code}')
@@ -228,7 +228,7 @@ def benchmark_staging(folder, repeats):
                 cpu_s,peak_mb,made = measure_whole(STAGE + STAGERS[way] + REPORT, str(file), channel)
                 pred = np.array([int(c) for c in made['stages'].replace('-1', '9')])[at]
                 rows.append(dict(recording=recording, way=way, channel=channel or 'EEG, EOG, EMG', repeat=i,
-                                 machine=f'{platform.machine()}, {os.cpu_count()} cores', cpu_s=round(cpu_s, 2), peak_mb=round(peak_mb),
+                                 machine=MACHINE, cpu_s=round(cpu_s, 2), peak_mb=round(peak_mb),
                                  kappa=round(cohen_kappa_score(true[keep], pred), 4), epochs=len(pred),
                                  parts='; '.join(f'{k} {v:.2f}' for k,v in made['parts'].items())))
                 print(rows[-1], flush=True)
