@@ -365,7 +365,8 @@ _hide = typer.Option('--hide', metavar='SHARE', min=0, max=.99, help='With --pri
 
 def _names(text): return None if text is None else [n.strip() for n in text.split(',')]
 
-def _train_modalities(what, compare, stores, out, primary, channel_mode, modalities, hide, labels, split, passes, lr, seed, device):
+def _train_modalities(what, compare, stores, out, primary, channel_mode, modalities, hide, labels, split, passes, lr, seed,
+                      device):
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.learner import sleepsmc_learner
     if hide and primary != 'all':
