@@ -6,11 +6,11 @@
 __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WHITE_RATIO', 'MAINS_SHARE', 'BATCH', 'LONG_HOURS',
            'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'signal_quality', 'open_source', 'read_terms', 'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #3bfef7da
+# %% ../nbs/600_stager.ipynb #e538c755
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib import resources
 from pathlib import Path
@@ -355,7 +355,7 @@ def _probabilities(
             prob[some] = logits.float().softmax(-1).numpy()
     return prob
 
-# %% ../nbs/600_stager.ipynb #0208451f
+# %% ../nbs/600_stager.ipynb #cc06482f
 LONG_HOURS,NIGHT_HOURS,WAKE_MIN = 12, 8, 30
 
 def _find_night(
@@ -363,7 +363,10 @@ def _find_night(
     how:dict,            # further arguments of `_probabilities`
 )->slice:                # epochs
     "The sleep within the eight hours that have most of it, and half an hour on either side."
-    few = replace(prepared, x=[o[::4] for o in prepared.x], quality=prepared.quality[::4])
+    use = how['of'].get(Modality.EEG) or range(len(how['names']))                 # channels
+    few = _Prepared([prepared.x[k][::4] for k in use], prepared.median[use], prepared.scale[use], prepared.quality[::4, use])
+    of = {m: [use.index(k) for k in own if k in use] for m,own in how['of'].items()}
+    how = how | dict(names=[how['names'][k] for k in use], of=of, fuse=None)
     asleep = 1 - np.nan_to_num(_probabilities(prepared=few, **how)[:, 0], nan=1.)
     n,margin = NIGHT_HOURS*3600 // EPOCH_SEC, WAKE_MIN*60 // EPOCH_SEC
     start = int(np.convolve(asleep, np.ones(n // 4), 'valid').argmax())
@@ -453,7 +456,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #229d295b
+# %% ../nbs/600_stager.ipynb #e0fcb812
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -586,11 +589,11 @@ class Stager:
         of = {m: [k for k,kind in enumerate(kinds) if kind == m] for m in self.modalities}
         how = dict(network=self.network, names=[d.got.name for d in found.derivations], cohort=cohort, of=of, fuse=fuse)
         if n*EPOCH_SEC > LONG_HOURS*3600:
-            at = _find_night(prepared, how)
-            prepared = _scaled(prepared.x, prepared.quality, at)
+            for _ in range(2):
+                at = _find_night(prepared, how)
+                prepared = _scaled(prepared.x, prepared.quality, at)
             hours = [o*EPOCH_SEC/3600 for o in (at.start, min(at.stop, n))]
-            notes.append(f'channels are scaled by the eight hours with most sleep: from {hours[0]:.1f} to {hours[1]:.1f} h '
-                         f'of {n*EPOCH_SEC/3600:.1f} h')
+            notes.append(f'channels are scaled by the night: from {hours[0]:.1f} to {hours[1]:.1f} h of {n*EPOCH_SEC/3600:.1f} h')
         prob = _probabilities(prepared=prepared, **how)
         staged = ~np.isnan(prob[:, 0])
         likeliest = np.where(staged, np.nan_to_num(prob).argmax(1), UNSCORED).astype(np.int8)

@@ -1,5 +1,5 @@
 """Recordings of many kinds give the stages that they should, and those that cannot be staged are refused or flagged."""
-import json, subprocess, sys
+import json, re, subprocess, sys
 from datetime import datetime
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from sleepnb.montage import POSITIONS, parse_channel
 from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
 from sleepnb.ssrl.mtssrl import MTSSRL
 from sleepnb.stager import EEG_SITES, Stager, signal_quality
-from sleepnb.synth import synth_night
+from sleepnb.synth import synth_hypnogram, synth_night
 from sleepnb.weights import save_weights
 
 HOME = ['C3-M2', 'HEOG', 'Chin']
@@ -313,16 +313,30 @@ def test_the_real_night_is_good_and_staging_loads_little(network, tmp_path):
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == [[], 0, 4, 841]
 
-def test_crop_and_whole_agree(stager, data):
+def test_a_long_recording_is_scaled_by_its_night():
+    "Three hours of wake, a nap of half an hour, two of wake, a night of eight hours, one of wake."
+    parts = [np.zeros(360, int), np.full(60, 2), np.zeros(240, int), synth_hypnogram(960, subject=7), np.zeros(120, int)]
+    stages = np.concatenate(parts)
+    asleep = 660 + np.flatnonzero(parts[3])
+    made = synth_night(['Fpz-Cz', 'HEOG'], stages=stages, subject=7)
+    found = Stager.load().stage(Night(list(made.x), [100, 100], [parse_channel(c) for c in made.channels], made.stages))
+    said = next(n for n in found.notes if 'scaled by the night' in n)
+    start,stop = (float(o)*120 for o in re.search(r'from ([\d.]+) to ([\d.]+) h', said).groups())
+    assert abs(start - (asleep[0] - 60)) < 40 and abs(stop - (asleep[-1] + 61)) < 40      # 20 minutes
+    night = stages[660:1620]
+    cut = Night([o[660*3000:1620*3000] for o in made.x], [100, 100], [parse_channel(c) for c in made.channels], night)
+    apart = Stager.load().stage(cut)
+    assert cohen_kappa_score(found.stages[660:1620], apart.stages) > .95
+
+def test_crop_and_whole_agree(data):
     "The real 22 hours, and the same file from 30 minutes before sleep to 30 minutes after."
-    path = next(data.rglob('SC4001E0-PSG.edf'))
-    scored = read_night(path, next(data.rglob('SC4001EC-Hypnogram.edf')), wanted=['Fpz-Cz']).stages
-    asleep = np.flatnonzero(scored > 0)
+    night = read_night(next(data.rglob('SC4001E0-PSG.edf')), next(data.rglob('SC4001EC-Hypnogram.edf')))
+    asleep = np.flatnonzero(night.stages > 0)
     a,b = asleep[0] - 60, asleep[-1] + 61
-    night = read_night(path, wanted=['Fpz-Cz', 'HEOG'])
-    crop = Night([o[a*3000:b*3000] for o in night.x], night.fs, night.channels, night.stages[a:b])
-    whole,part = stager.stage(night), stager.stage(crop)
-    assert len(whole.stages) == 2650 and (whole.quality == 'good').all()
-    kappa = cohen_kappa_score(whole.stages[a:b], part.stages)
-    print(f'crop against whole: κ {kappa:.3f}')
-    assert kappa > .8
+    crop = Night([o[round(a*30*fs):round(b*30*fs)] for o,fs in zip(night.x, night.fs)], night.fs, night.channels, night.stages[a:b])
+    for using,apart in ((('EEG',), .02), (('EEG', 'EOG', 'EMG'), .04)):
+        whole,part = (Stager.load().stage(o, using) for o in (night, crop))
+        assert len(whole.stages) == 2650
+        kappas = [cohen_kappa_score(night.stages[a:b], o) for o in (whole.stages[a:b], part.stages)]
+        print(f'{"+".join(using)}: κ {kappas[0]:.3f} of the whole recording, {kappas[1]:.3f} of the crop')
+        assert abs(kappas[0] - kappas[1]) < apart
