@@ -456,7 +456,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #e0fcb812
+# %% ../nbs/600_stager.ipynb #e432ef3a
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -593,7 +593,8 @@ class Stager:
                 at = _find_night(prepared, how)
                 prepared = _scaled(prepared.x, prepared.quality, at)
             hours = [o*EPOCH_SEC/3600 for o in (at.start, min(at.stop, n))]
-            notes.append(f'channels are scaled by the night: from {hours[0]:.1f} to {hours[1]:.1f} h of {n*EPOCH_SEC/3600:.1f} h')
+            notes.append('channels are scaled by the night: '
+                         f'from {hours[0]:.1f} to {hours[1]:.1f} h of {n*EPOCH_SEC/3600:.1f} h')
         prob = _probabilities(prepared=prepared, **how)
         staged = ~np.isnan(prob[:, 0])
         likeliest = np.where(staged, np.nan_to_num(prob).argmax(1), UNSCORED).astype(np.int8)
