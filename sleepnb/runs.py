@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'SUBJECTS', 'code_checksum', 'is_done', 'carry_out', 'estimate_hours', 'read_result', 'recipe_status',
            'recipe_table', 'read_stages', 'compare_runs', 'run_recipe']
 
-# %% ../nbs/620_runs.ipynb #50810e94
+# %% ../nbs/620_runs.ipynb #1c885fdd
 import ast
 import hashlib
 import json
@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastai.torch_core import get_model
 from filelock import FileLock
 from joblib import Parallel, delayed, parallel_config
 from tqdm.auto import tqdm
@@ -71,11 +70,11 @@ def _split(nights, split): # as a configuration has it
     if split['kind'] == 'holdout': return holdout_split(nights, split['seed'])
     return kfold_splits(nights, split['k'], split['seed'])[split['fold']]
 
-# %% ../nbs/620_runs.ipynb #ba252c65
+# %% ../nbs/620_runs.ipynb #3bce5585
 def _fit(learn, n_passes, checkpoint, title):
     cbs = [Checkpoint(checkpoint)] + ([TerminalProgress(title)] if title else [])
     with learn.no_bar(), learn.no_logging(): learn.fit(n_passes, cbs=cbs)
-    if not all(v.isfinite().all() for v in get_model(learn.model).state_dict().values()):
+    if not all(v.isfinite().all() for v in learn.model.state_dict().values()):
         raise SleepnbError('the training diverged', where=checkpoint, expected='weights that are numbers',
                            remedy='The learning rate is too high for this network and these data.')
 
@@ -119,13 +118,13 @@ def _scratch(run, folder, stores, title):
         return supervised_learner(dls, lr=lr, patience=c['patience'], seed=c['seed'], backbone=dict(drop=c['drop']))
     return _tune(run, folder, stores, title, make)
 
-# %% ../nbs/620_runs.ipynb #1eb5446f
+# %% ../nbs/620_runs.ipynb #f372694a
 class _KeepEach(TrainingCallback):
     "The weights of the pass in which each modality stages the validation people best, by accuracy, then by loss."
     order = 61
     def before_fit(self): self.best = {}
     def after_epoch(self):
-        network = get_model(self.model)
+        network = self.model
         for m in network.modalities:
             made = predict_stages(self.learn, 'valid', (m,))
             loss = -np.log(made.filter(like='p_').to_numpy()[np.arange(len(made)), made.stage].clip(1e-12)).mean()
@@ -146,7 +145,7 @@ def _sleepsmc(run, folder, stores, title):
     _fit(learn, c['passes'], folder/'checkpoint.safetensors', title)
     made = {}
     for m in c['modalities'] if each else [None]:
-        if each: get_model(learn.model).load_state_dict(learn.keep_each.best[m]['weights'])
+        if each: learn.model.load_state_dict(learn.keep_each.best[m]['weights'])
         save_learner(learn, folder/f'weights{" " + m if each else ""}.safetensors', run=run.id)
         using = m or primary or '+'.join(c['modalities'])
         made[using] = predict_stages(learn, using=(m,) if each else None)
