@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'train', 'main', 'demo', 'simulate', 'info', 'prepare', 'pretrain', 'finetune', 'supervised', 'sleepsmc',
-           'featurenet', 'evaluate', 'stage', 'export']
+           'featurenet', 'evaluate', 'stage', 'export', 'recipe', 'recipes']
 
 # %% ../nbs/640_cli.ipynb #d1f6c4c0
 import json
@@ -682,3 +682,77 @@ def export(
     from sleepnb.export import export_onnx
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
+
+# %% ../nbs/640_cli.ipynb #3ebcd0de
+_STATES = ('done', 'stale', 'failed', 'missing')
+_Scale = StrEnum('_Scale', 'smoke small paper')
+_Backend = StrEnum('_Backend', 'loky dask')
+_scale = typer.Option('--scale', help='smoke: does it run? small: simulated cohorts, for two cores; paper: the datasets.')
+_runs = typer.Option('--out', metavar='DIR', help='Where runs are kept.')
+
+def _as_table(table): # ours and what is printed, one line per row of the table
+    table = table.assign(cell=[f'{"–" if math.isnan(r.ours) else f"{r.ours:.4g}"} ({r.printed:g})' for r in table.itertuples()],
+                         runs=[f'{r.found}/{r.expected}' if r.expected else 'not built' for r in table.itertuples()])
+    keys = ['dataset', 'setting', 'model', 'modality', 'runs']
+    wide = table.set_index([*keys, 'metric']).cell.unstack(sort=False)
+    return _table([[*keys, *wide.columns], *([*map(str, index), *row] for index,row in zip(wide.index, wide.to_numpy()))])
+
+def _states(status): return {s: int((status.state == s).sum()) for s in _STATES}
+
+@app.command('run', epilog='''\b
+Examples:
+  sleepnb run mtssrl-table4 --scale smoke
+  sleepnb run sleepsmc-table3 --jobs 2
+  sleepnb run mtssrl-table4 --scale paper --backend dask --scheduler tcp://login1:8786 --yes''')
+def recipe(
+    name:Annotated[str, typer.Argument(metavar='RECIPE', help='A table, such as mtssrl-table4; sleepnb runs lists them.')],
+    scale:Annotated[_Scale, _scale]=_Scale.small,
+    out:Annotated[Path, _runs]=Path('runs'),
+    jobs:Annotated[int, typer.Option('--jobs', metavar='N', help='Trainings side by side; -1 is one per core.')]=1,
+    backend:Annotated[_Backend, typer.Option('--backend', help='loky: this machine; dask: a cluster.')]=_Backend.loky,
+    scheduler:Annotated[str|None, typer.Option('--scheduler', metavar='ADDRESS', help="Of Dask, such as tcp://login1:8786.")]=None,
+    retry:Annotated[bool, typer.Option('--retry', help='Try again what failed.')]=False,
+    yes:Annotated[bool, typer.Option('--yes', help='Do not ask, however long it takes.')]=False,
+    as_json:Annotated[bool, _json]=False,
+):
+    """Train what a table of the papers needs, and show ours beside what is printed.
+
+    What is done is not computed again; what was interrupted goes on when the same command is given again. At the scale paper,
+    DIR/stores must hold the datasets, as sleepnb prepare makes them: isruc-s1-mtssrl, sleep-edf-78-sleepsmc."""
+    from sleepnb.recipes import runs_of
+    wanted = runs_of(name, scale)
+    if there := unwritable(out):
+        raise SleepnbError('nothing can be written there', where=out, remedy='Name another folder: --out DIR.', found=str(there))
+    from sleepnb.runs import estimate_hours, is_done, run_recipe
+    todo = [r for r in wanted if not is_done(r, out)]
+    hours = estimate_hours(todo)
+    _say(f'{name} at the scale {scale}: {plural(len(wanted), "run")}, {len(wanted) - len(todo)} done; '
+         f'the others take about {hours:.1f} hours of a core')
+    if hours > 4 and not yes and not (sys.stdin.isatty() and typer.confirm('Begin?', err=True)):
+        raise SleepnbError('nothing was begun, for it would take more than four hours', remedy='Add --yes.')
+    table = run_recipe(name, scale, out, jobs=jobs, backend=backend, scheduler=scheduler, retry=retry)
+    typer.echo(table.to_json(orient='records') if as_json else _as_table(table))
+
+@app.command('runs')
+def recipes(
+    name:Annotated[str|None, typer.Argument(metavar='RECIPE', help='One table, run by run. Default: all tables.')]=None,
+    scale:Annotated[_Scale, _scale]=_Scale.small,
+    out:Annotated[Path, _runs]=Path('runs'),
+    as_json:Annotated[bool, _json]=False,
+):
+    """Say which runs of a recipe are done, stale, failed or missing.
+
+    A stale run was made by earlier code: it is kept, and trained again only if its folder is removed."""
+    from sleepnb.recipes import RECIPES, check_recipe
+    if name: check_recipe(name, scale)
+    from sleepnb.runs import recipe_status
+    found = {o: recipe_status(o, scale, out) for o in ([name] if name else RECIPES)}
+    if as_json:
+        typer.echo(json.dumps({o: dict(scale=scale, expected=len(t), **_states(t), runs=t.reset_index().to_dict('records'))
+                               for o,t in found.items()}))
+    elif name:
+        rows = [[id, r.task, r.data, str(r.seed), r.state, r.why] for id,r in found[name].iterrows()]
+        typer.echo(_table([['run', 'task', 'data', 'seed', 'state', ''], *rows]))
+    else:
+        rows = [[o, str(len(t)), *map(str, _states(t).values())] for o,t in found.items()]
+        typer.echo(_table([['recipe', 'expected', *_STATES], *rows], right=True))

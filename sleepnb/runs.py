@@ -6,12 +6,13 @@
 __all__ = ['TASKS', 'SUBJECTS', 'code_checksum', 'is_done', 'carry_out', 'estimate_hours', 'read_result', 'recipe_status',
            'recipe_table', 'read_stages', 'compare_runs', 'run_recipe']
 
-# %% ../nbs/620_runs.ipynb #1c885fdd
+# %% ../nbs/620_runs.ipynb #8a7f30b8
 import ast
 import hashlib
 import json
 import platform
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Iterable
@@ -240,7 +241,7 @@ def _carry_out(
         for left in folder.glob('*checkpoint.safetensors'): left.unlink()
         return ''
 
-# %% ../nbs/620_runs.ipynb #b77eea89
+# %% ../nbs/620_runs.ipynb #84fcace5
 @contextmanager
 def _workers(jobs, backend, scheduler):
     if backend not in ('loky', 'dask'):
@@ -251,6 +252,8 @@ def _workers(jobs, backend, scheduler):
     try: from distributed import Client
     except ImportError as error: raise SleepnbError('Dask is not installed', remedy="pip install 'sleepnb[cluster]'") from error
     with Client(scheduler), parallel_config('dask', n_jobs=-1): yield
+
+def _bar(runs, progress): return tqdm(total=len(runs), desc='runs', unit='run', disable=None if progress else True)
 
 def carry_out(
     runs:Iterable[Run],
@@ -267,18 +270,19 @@ def carry_out(
     out,failed = Path(out).expanduser().resolve(), {}
     asked = [*dict.fromkeys(r for run in runs for r in (run.parent, run) if r)]
     shows = progress and jobs == 1 and backend == 'loky'
-    with _workers(jobs, backend, scheduler), tqdm(total=len(asked), desc='runs', unit='run', disable=not progress) as bar:
+    with _workers(jobs, backend, scheduler), _bar(asked, progress) as bar:
         bar.update(sum(is_done(r, out) for r in asked))
         for first in (True, False):                                                      # without a parent, then with one
             todo = [r for r in asked if (r.parent is None) == first and not is_done(r, out)]
             tasks = (delayed(_named)(r, out, retry, shows) for r in todo)
-            for id,why in Parallel(return_as='generator_unordered', batch_size=1)(tasks):
+            for run,why in Parallel(return_as='generator_unordered', batch_size=1)(tasks):
                 bar.update()
-                if why: failed[id] = why
+                if progress: tqdm.write(f'{"failed" if why else "done"}: {run}', file=sys.stderr)
+                if why: failed[run.id] = why
     return failed
 
 def _named(run, *args):
-    with parallel_config('sequential'): return run.id, _carry_out(run, *args)    # what a run does stays in its process
+    with parallel_config('sequential'): return run, _carry_out(run, *args)    # what a run does stays in its process
 
 # %% ../nbs/620_runs.ipynb #c5fbc2fa
 _SECONDS = dict(pretrain=.01, finetune=.0015, scratch=.0015, sleepsmc=.006) # CPU seconds

@@ -170,7 +170,7 @@ def test_info_of_what_staging_cannot_use(tmp_path):
     done = call('info', edf)
     assert done.returncode == 0 and done.stdout.count('not used') == 3
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['pretrain', '--help'], ['stage', '--help'], ['train', 'sleepsmc', '--help'], ['export', '--help'],
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['pretrain', '--help'], ['stage', '--help'], ['train', 'sleepsmc', '--help'], ['export', '--help'], ['run', '--help'],
                                   ['info', str(sample_files()[0])]], ids=lambda a: a[0])
 def test_quick_commands_load_nothing_that_takes_long(args):
     heavy = ['torch', 'fastai', 'mne', 'scipy', 'sklearn', 'matplotlib']
@@ -180,7 +180,7 @@ def test_quick_commands_load_nothing_that_takes_long(args):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]', done.stderr
 
 @pytest.mark.parametrize('command', ['demo', 'info', 'prepare', 'pretrain', 'finetune', 'train supervised', 'train sleepsmc', 'train featurenet',
-                                     'evaluate', 'stage', 'export'])
+                                     'evaluate', 'stage', 'export', 'run'])
 def test_help_teaches_by_examples(command):
     done = call(*command.split(), '--help')
     assert done.returncode == 0 and f'  sleepnb {command} ' in done.stdout

@@ -170,3 +170,26 @@ def test_a_cluster_that_loses_a_worker(tmp_path):
     assert not work.is_alive() and not failed and all(is_done(r, tmp_path) for r in runs)
     assert {id: (tmp_path/id/'result.json').stat().st_mtime_ns for id in finished} == finished
     assert Counter(p.parent.name for p in tmp_path.rglob('result.json')) == Counter(r.id for r in runs)
+
+def test_the_shell_computes_nothing_twice(tmp_path):
+    "Table 4 of MTSSRL-MD from one end to the other, interrupted in between."
+    command = ['sleepnb', 'run', 'mtssrl-table4', '--scale', 'smoke', '--out', str(tmp_path)]
+    runs = runs_of('mtssrl-table4', 'smoke')
+    first = subprocess.Popen([*command, '--jobs', '2'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while first.poll() is None and not any(is_done(r, tmp_path) for r in runs) and time.monotonic() < deadline: time.sleep(.02)
+    first.send_signal(signal.SIGINT)
+    told = first.communicate(timeout=60)[1]
+    assert first.returncode == 130 and 'Traceback' not in told, told
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('result.json')}
+    assert 0 < len(before) < len(runs)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f'20 runs, {len(before)} done' in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert all(is_done(r, tmp_path) for r in runs) and not [*tmp_path.rglob('failed.json')]
+    lines = again.stdout.splitlines()
+    assert len(lines) == 16 and all('1/1' in l for l in lines[1:])          # a head, and the fifteen rows that are printed
+    states = json.loads(subprocess.run(['sleepnb', 'runs', 'mtssrl-table4', '--scale', 'smoke', '--out', str(tmp_path), '--json'],
+                                       capture_output=True, text=True, check=True).stdout)['mtssrl-table4']
+    assert (states['expected'], states['done'], states['missing']) == (20, 20, 0)
