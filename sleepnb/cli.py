@@ -683,7 +683,7 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #3ebcd0de
+# %% ../nbs/640_cli.ipynb #1bee5305
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
@@ -710,7 +710,7 @@ def recipe(
     out:Annotated[Path, _runs]=Path('runs'),
     jobs:Annotated[int, typer.Option('--jobs', metavar='N', help='Trainings side by side; -1 is one per core.')]=1,
     backend:Annotated[_Backend, typer.Option('--backend', help='loky: this machine; dask: a cluster.')]=_Backend.loky,
-    scheduler:Annotated[str|None, typer.Option('--scheduler', metavar='ADDRESS', help="Of Dask, such as tcp://login1:8786.")]=None,
+    scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Of Dask, such as tcp://login1:8786.')]=None,
     retry:Annotated[bool, typer.Option('--retry', help='Try again what failed.')]=False,
     yes:Annotated[bool, typer.Option('--yes', help='Do not ask, however long it takes.')]=False,
     as_json:Annotated[bool, _json]=False,
@@ -722,7 +722,7 @@ def recipe(
     from sleepnb.recipes import runs_of
     wanted = runs_of(name, scale)
     if there := unwritable(out):
-        raise SleepnbError('nothing can be written there', where=out, remedy='Name another folder: --out DIR.', found=str(there))
+        raise SleepnbError('nothing can be written there', where=out, found=str(there), remedy='Name another folder: --out DIR.')
     from sleepnb.runs import estimate_hours, is_done, run_recipe
     todo = [r for r in wanted if not is_done(r, out)]
     hours = estimate_hours(todo)
