@@ -683,7 +683,7 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #1bee5305
+# %% ../nbs/640_cli.ipynb #61552dba
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
@@ -722,7 +722,8 @@ def recipe(
     from sleepnb.recipes import runs_of
     wanted = runs_of(name, scale)
     if there := unwritable(out):
-        raise SleepnbError('nothing can be written there', where=out, found=str(there), remedy='Name another folder: --out DIR.')
+        raise SleepnbError('nothing can be written there', where=out, found=str(there),
+                           remedy='Name another folder: --out DIR.')
     from sleepnb.runs import estimate_hours, is_done, run_recipe
     todo = [r for r in wanted if not is_done(r, out)]
     hours = estimate_hours(todo)
