@@ -205,7 +205,21 @@ def _at_100_hz(
     short = n*EPOCH_SEC*FS - len(y)
     return to_epochs(np.pad(y, (0, short), 'edge') if short > 0 else y)[:n]
 
-# %% ../nbs/600_stager.ipynb #44c2735b
+# %% ../nbs/600_stager.ipynb #a3e03c15
+_ENVELOPE_HZ,_ENVELOPE_SHARE = 10, 1e-5
+
+def _is_envelope(
+    x:np.ndarray,   # `(samples,)` µV, of a muscle; may have NaN
+    fs:float,       # Hz
+)->bool:
+    per = int(EPOCH_SEC * fs)
+    e = x[:len(x)//per*per].reshape(-1, per)[::len(x)//per//100 + 1]             # a hundred of them will do
+    e = e[np.isfinite(e).all(-1)]
+    power = np.abs(rfft((e - e.mean(-1, keepdims=True)) * np.hanning(per)))**2
+    above,whole = power[:, _ENVELOPE_HZ*EPOCH_SEC:].sum(-1), power.sum(-1)
+    return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
+
+# %% ../nbs/600_stager.ipynb #f22b5f19
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -251,9 +265,9 @@ def _prepare(
     found:ResolvedMontage,
     recipe:Recipe,
     span:tuple[float, int], # seconds to the first epoch; number of epochs
-)->_Prepared:
+)->tuple[_Prepared, list[str]]: # and notes
     n,made,cache,spreads = span[1], found.derivations, {}, {}
-    x,quality = [], np.empty((n, len(made)), 'U8')
+    x,quality,notes = [], np.empty((n, len(made)), 'U8'), []
     left = Counter(i for d in made for i in d.terms)
     for k,d in enumerate(made):
         signal,fs = read_terms(recording, d.terms, cache, span)
@@ -262,11 +276,16 @@ def _prepare(
         if len(d.terms) > 1:                                          # the difference hides where an amplifier ends
             for i in d.terms: quality[signal_quality(cache[i], fs, modality, n) == 'clipped', k] = 'clipped'
         if modality != Modality.EMG and fs >= 20: spreads[d.got.name] = _spread(signal, fs)
-        x.append(_at_100_hz(signal, fs, getattr(recipe, modality.lower()), n))
+        low,high = getattr(recipe, modality.lower())
+        if modality == Modality.EMG and fs >= 20 and _is_envelope(signal, fs):
+            low = None
+            notes.append(f'{d.got.name} has nothing above {_ENVELOPE_HZ} Hz: taken for an envelope of muscle at {fs:g} Hz; if it '
+                         'was recorded at a lower rate, stage the file that has it so')
+        x.append(_at_100_hz(signal, fs, (low, high), n))
         left.subtract(d.terms.keys())
         for i in [i for i in cache if not left[i]]: del cache[i]
     _check_unit(spreads, recording.where)
-    return _scaled(x, quality)
+    return _scaled(x, quality), notes
 
 # %% ../nbs/600_stager.ipynb #0cfad651
 _HERE = 'recording' # the name of its montage
@@ -456,7 +475,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #e432ef3a
+# %% ../nbs/600_stager.ipynb #7fd93f41
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -584,7 +603,8 @@ class Stager:
             raise RecordingError('the recording is shorter than one epoch', where=source.where,
                                  expected=f'{EPOCH_SEC} s or more', found=f'{source.duration:g} s')
         if (rest := source.duration - onset - n*EPOCH_SEC) > .05: notes.append(f'the last {rest:.4g} s fill no epoch')
-        prepared = _prepare(source, found, self.recipe, (onset, n))
+        prepared,more = _prepare(source, found, self.recipe, (onset, n))
+        notes += more
         kinds = [d.got.modality.value for d in found.derivations]
         of = {m: [k for k,kind in enumerate(kinds) if kind == m] for m in self.modalities}
         how = dict(network=self.network, names=[d.got.name for d in found.derivations], cohort=cohort, of=of, fuse=fuse)

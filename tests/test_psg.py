@@ -410,3 +410,20 @@ def test_impossible_signals(change, match):
 def test_a_flat_channel_is_noted_and_twins_are_kept_apart():
     raw = mne.io.RawArray(np.stack([EEG, EEG*0]) * 1e-6, mne.create_info(['C3', 'C4'], 100, 'eeg'), verbose='error')
     assert 'C4 is flat' in read_night(raw).notes
+
+# ---- what mne makes of a file
+
+@pytest.mark.filterwarnings('ignore:Loading an EDF with mixed')
+@pytest.mark.parametrize('how', [dict(), dict(preload=True), dict(infer_types=True)])
+def test_a_slow_channel_keeps_its_rate_by_way_of_mne(tmp_path, how):
+    "mne gives 100 Hz to an envelope of 1 Hz; the file has 240 values."
+    raw = mne.io.read_raw_edf(write_psg(tmp_path/'a.edf'), verbose='error', **how)
+    assert raw.info['sfreq'] == 100
+    night = read_night(raw)
+    assert night.fs == [100, 1] and [c.modality for c in night.channels] == ['EEG', 'EMG']
+    np.testing.assert_allclose(night.x[1], EMG, atol=.1)
+    np.testing.assert_allclose(read_night(raw.copy().crop(60)).x[1], EMG[60:], atol=.1)
+    np.testing.assert_allclose(read_night(raw, wanted=['Chin'], unit='V').x[0], EMG, atol=.1)
+    loaded = raw.copy().load_data(verbose='error').apply_function(lambda x: 2*x, picks=[1])            # a change is kept
+    np.testing.assert_allclose(read_night(loaded).x[1], 2*EMG, atol=.2)
+    assert read_night(loaded.rename_channels({raw.ch_names[1]: 'Chin'})).fs == [100, 100]

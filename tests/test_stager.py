@@ -296,6 +296,18 @@ def test_the_weights_that_come_along_stage_the_real_night():
     least = dict(EEG=.6, EOG=.1)                                     # chance is 0
     for m,kappa in least.items(): assert stager.stage(recording, (m,), hypnogram=hypnogram).agreement()['kappa'] > kappa
 
+@pytest.mark.filterwarnings('ignore:Loading an EDF with mixed')
+def test_an_envelope_by_way_of_mne(tmp_path):
+    "Sleep-EDF has the chin at 1 Hz; mne says 100 Hz. With the scoring, a path has R; so has the Raw, and what was saved of it."
+    stager,(recording,hypnogram) = Stager.load(), sample_files()
+    by_path = stager.stage(recording, hypnogram=hypnogram)
+    raw = mne.io.read_raw_edf(recording, verbose='error')
+    close(stager.stage(raw), by_path)
+    raw.load_data(verbose='error').save(tmp_path/'night_raw.fif', verbose='error')
+    saved = stager.stage(tmp_path/'night_raw.fif', hypnogram=hypnogram)
+    assert any('Chin has nothing above 10 Hz' in o for o in saved.notes) and not any('Chin' in o for o in by_path.notes)
+    assert abs(saved.agreement()['kappa'] - by_path.agreement()['kappa']) < .03 and saved.agreement()['f1_R'] > .7
+
 def test_threads_are_given_back(stager, x):
     before = torch.get_num_threads()
     torch.set_num_threads(2)

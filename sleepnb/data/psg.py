@@ -202,8 +202,22 @@ def _refuse_gaps(
         raise RecordingError('the recording has gaps (EDF+D)', where=where, expected='a continuous recording',
             remedy='Export it as EDF+C, with gaps filled, or as one file for each part.')
 
-# %% ../../nbs/100_data.psg.ipynb #58db043b
+# %% ../../nbs/100_data.psg.ipynb #d32868bf
 _VOLT = 107 # mne's code for a channel in volts
+
+def _slow_channels(
+    raw,    # mne `Raw`
+)->tuple[_EdfSource|None, dict[int, int]]: # the file behind it; channel → number in the file, of those below 20 Hz
+    "Channels that mne raised from the rate of an envelope."
+    path = next(iter(raw.filenames or ()), None)
+    try:
+        with open(path or '', 'rb') as f: is_edf = f.read(8) in (_EDF, _BDF)
+        if not is_edf: return None, {}
+        file = _EdfSource(Path(path), None)
+    except (OSError, RecordingError): return None, {}
+    slow = {n.strip(): j for j,(n,fs) in enumerate(zip(file.names, file.fs)) if fs < 20}
+    short = {n.partition(' ')[2]: j for n,j in slow.items()}                    # infer_types=True takes `EMG` from the name
+    return file, {i: (slow | short)[n] for i,n in enumerate(raw.ch_names) if n in slow or n in short}
 
 class _RawSource:
     "Reads one channel at a time from an mne `Raw`."
@@ -215,6 +229,8 @@ class _RawSource:
         self.raw,self.where,self.notes,self.cut = raw, where, [], float(raw.first_time)
         self.names,self.fs = list(raw.ch_names), [float(raw.info['sfreq'])] * len(raw.ch_names)
         self.duration = len(raw.times) / raw.info['sfreq']
+        self.file,self.slow = _slow_channels(raw)
+        for i,j in self.slow.items(): self.fs[i] = self.file.fs[j]
         self.start = raw.info['meas_date'] and raw.info['meas_date'].replace(tzinfo=None) + timedelta(seconds=raw.first_time)
         self.unit = unit
 
@@ -231,7 +247,13 @@ class _RawSource:
         return [(float(o - self.raw.first_time), float(d), str(t))
                 for o,d,t in zip(notes.onset, notes.duration, notes.description)]
 
-    def read(self, i): return (self.raw.get_data(picks=[i])[0] * self._microvolts(i)).astype(np.float32)
+    def read(self, i):
+        scale,step = self._microvolts(i), self.raw.info['sfreq'] / self.fs[i]
+        at = np.round(np.arange(0, len(self.raw.times), step)).astype(int)
+        if i in self.slow and not self.raw.preload and self.unit is None and len(self.raw.filenames) == 1:
+            return self.file.read(self.slow[i])[int(self.cut * self.fs[i] + 1e-6):][:len(at)]
+        x = self.raw.get_data(picks=[i])[0] * scale
+        return (x[at.clip(max=len(x) - 1)] if i in self.slow else x).astype(np.float32)
 
 def _read_raw(
     path:Path,
