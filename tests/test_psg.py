@@ -427,3 +427,28 @@ def test_a_slow_channel_keeps_its_rate_by_way_of_mne(tmp_path, how):
     loaded = raw.copy().load_data(verbose='error').apply_function(lambda x: 2*x, picks=[1])            # a change is kept
     np.testing.assert_allclose(read_night(loaded).x[1], 2*EMG, atol=.2)
     assert read_night(loaded.rename_channels({raw.ch_names[1]: 'Chin'})).fs == [100, 100]
+
+# ---- days
+
+def a_night(at, hours=8): # all of it N2
+    from sleepnb.data.psg import Hypnogram
+    return Hypnogram('h', np.arange(hours*120) * 30., np.full(hours*120, 30.), np.full(hours*120, 2, np.int8), at)
+
+@pytest.mark.parametrize('start,hours,scored,begins,said', [
+    ('2020-01-02 08:00', 36, '2020-01-02 22:00', 14, 'starts 50400 s after'), ('2020-01-02 08:00', 26, '2020-01-02 22:00', 14, 'starts 50400 s'),
+    ('2020-01-02 20:00', 60, '2020-01-03 23:00', 27, 'starts 97200 s after'),    # the second night of two
+    ('2020-01-02 08:00', 23, '1999-05-06 22:00', 14, 'dates do not fit: 2020-01-02, scored 1999-05-06'),
+    ('2020-01-02 08:00', 36, '1999-05-06 22:00', 14, 'dates do not fit'), ('2020-01-02 08:00', 23, '22:00', 14, ''), ('2020-01-02 08:00', 36, '22:00', 14, ''),
+    ('2020-01-02 22:00', 9, '2020-01-01 22:30', .5, 'dates do not fit'), ('2020-01-02 21:00', 9, '2020-01-02 20:59', -1/60, 'starts -60 s after'),
+    ('2020-01-02 12:00', 24.2, '1999-05-06 22:00', 10, 'dates do not fit'), ('2020-01-02 23:50', 9, '00:10', 1/3, '')])
+def test_the_day_of_a_long_recording(start, hours, scored, begins, said):
+    "By the dates where they meet, and by the clock where they do not."
+    begun = datetime.datetime.fromisoformat(scored) if ' ' in scored else datetime.time.fromisoformat(scored)
+    stages,first,notes = align(a_night(begun), hours*3600, datetime.datetime.fromisoformat(start))
+    at = first/3600 + np.flatnonzero(stages == 2)/120
+    assert abs(at[0] - max(begins, 0)) < .02 and abs(at[-1] + 1/120 - (begins + 8)) < .02
+    assert any(said in o for o in notes) and any('dates' in o for o in notes) == ('dates' in said) if said else not any('dates' in o for o in notes)
+
+@pytest.mark.parametrize('scored', [datetime.time(22), datetime.datetime(1999, 5, 6, 22)])
+def test_a_day_that_nothing_tells(scored):
+    with pytest.raises(HypnogramError, match='several days.*found 60.0 h'): align(a_night(scored), 60*3600, datetime.datetime(2020, 1, 2, 20))

@@ -588,27 +588,53 @@ def _check_pieces(h:Hypnogram):
                 found=f'{Stage(last).label} and {Stage(stage).label} at {onset:g} s', remedy='Keep one scorer in the file.')
         if onset + duration > end: end,last = onset + duration, stage
 
-# %% ../../nbs/100_data.psg.ipynb #4d24072e
+# %% ../../nbs/100_data.psg.ipynb #9a096580
+def _inside(
+    hypnogram:Hypnogram,
+    shift:float,         # seconds to add to the onsets
+    duration:float,      # of the recording, seconds
+)->np.ndarray:           # seconds of each piece that lie in the recording, `(pieces,)`
+    begin = hypnogram.onset + shift
+    return np.clip(np.minimum(begin + hypnogram.duration, duration) - np.maximum(begin, 0), 0, None)
+
+def _by_clock(
+    hypnogram:Hypnogram,
+    seconds:float,       # from the recording's start to the hypnogram's, on any day
+    duration:float,      # of the recording, seconds
+)->float:                # the same, on the day that fits
+    scored = hypnogram.stage >= 0
+    end,latest = (hypnogram.onset + hypnogram.duration)[scored].max(initial=0), duration - hypnogram.onset[scored].min(initial=0)
+    n = int(min((latest + end) // _DAY + 1, 100))
+    days = latest - (latest - seconds) % _DAY - _DAY*np.arange(n)              # from the last on which it might begin
+    kept = np.array([_inside(hypnogram, d, duration)[scored].sum() for d in days])
+    best = days[np.lexsort((abs(days), -kept))[0]]                             # without any, the nearest
+    if kept.max() > 0 and (2*kept[days != best] > kept.max()).any():
+        raise HypnogramError('the stages may belong to several days of the recording', where=hypnogram.where,
+            found=f'{duration/3600:.1f} h of recording', expected='the date of the recording',
+            remedy='Give the stages a start with its date: replace(read_hypnogram(…), start=…).')
+    return float(best)
+
 def _shift(
     hypnogram:Hypnogram,
     start:datetime|None, # of the recording
+    duration:float,      # of the recording, seconds
 )->tuple[float, list[str]]: # seconds to add to the onsets, notes
-    if isinstance(hypnogram.start, time): return _shift_clock(hypnogram, start), []
-    if hypnogram.start is None or start is None: return 0., []
-    begun,start = hypnogram.start.replace(tzinfo=None), start.replace(tzinfo=None)
+    begun = hypnogram.start
+    if isinstance(begun, time):
+        if start is None:
+            raise HypnogramError('the stages have times of day, but the recording has none', where=hypnogram.where,
+                                 remedy='Write their onsets in seconds from the start of the recording.')
+        begun = datetime.combine(start.date(), begun)
+        return _by_clock(hypnogram, (begun - start.replace(tzinfo=None)).total_seconds(), duration), []
+    if begun is None or start is None: return 0., []
+    begun,start = begun.replace(tzinfo=None), start.replace(tzinfo=None)
     if begun == datetime.combine(_NO_DATE, time(0)):
         return 0., ['the hypnogram has no start time: it is taken to start with the recording']
     seconds = (begun - start).total_seconds()
-    if abs(seconds) <= 12*3600: return seconds, [f'the hypnogram starts {seconds:g} s after the recording'] * bool(seconds)
-    clock = (seconds + _DAY/2) % _DAY - _DAY/2
-    return clock, [f'aligned by the time of day, for the dates differ: {start.date()}, scored {begun.date()}']
-
-def _shift_clock(hypnogram, start):
-    if start is None:
-        raise HypnogramError('the stages have times of day, but the recording has none', where=hypnogram.where,
-                             remedy='Write their onsets in seconds from the start of the recording.')
-    seconds = (datetime.combine(start.date(), hypnogram.start) - start.replace(tzinfo=None)).total_seconds()
-    return (seconds + _DAY/2) % _DAY - _DAY/2
+    if _inside(hypnogram, seconds, duration)[hypnogram.stage >= 0].any():
+        return seconds, [f'the hypnogram starts {seconds:g} s after the recording'] * bool(seconds)
+    clock = _by_clock(hypnogram, seconds, duration)
+    return clock, [f'aligned by the time of day, for the dates do not fit: {start.date()}, scored {begun.date()}']
 
 def align(
     hypnogram:Hypnogram,
@@ -621,11 +647,10 @@ def align(
     Raises `HypnogramError` when two stages are given for the same time, or too little of what is scored lies in the
     recording."""
     _check_pieces(hypnogram)
-    shift,notes = _shift(hypnogram, start)
+    shift,notes = _shift(hypnogram, start, duration)
     begin,end = hypnogram.onset + shift, hypnogram.onset + shift + hypnogram.duration
     scored = hypnogram.stage >= 0
-    inside = np.clip(np.minimum(end, duration) - np.maximum(begin, 0), 0, None)
-    total,kept = hypnogram.duration[scored].sum(), inside[scored].sum()
+    total,kept = hypnogram.duration[scored].sum(), _inside(hypnogram, shift, duration)[scored].sum()
     if kept < least_inside * total or not kept:
         raise HypnogramError('the hypnogram does not belong to this recording', where=hypnogram.where,
             expected=f'stages between 0 and {duration:g} s of the recording', found=f'{begin.min():g} to {end.max():g} s',
