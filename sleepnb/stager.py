@@ -151,11 +151,13 @@ def signal_quality(
         made[rows] = found
     return np.array(QUALITIES)[made]
 
-# %% ../nbs/600_stager.ipynb #5e1c4470
+# %% ../nbs/600_stager.ipynb #0375734e
 class _NightSource:
     "Gives the channels of a `Night` as a file would."
     def __init__(self, night): self.night = night
-    def read(self, i): return np.asarray(self.night.x[i], np.float32)
+    def read(self, i): # from the recording's start, of which a night may lack the first seconds
+        lost = round(self.night.onset * self.night.fs[i])
+        return np.pad(np.asarray(self.night.x[i], np.float32), (lost, 0), constant_values=np.nan)
 
 def open_source(
     source:str|Path|Night,  # or an mne `Raw`
@@ -163,8 +165,9 @@ def open_source(
 )->tuple[Recording, str]:   # the recording; a short name for it
     "As `open_recording`; takes a `Night`, too."
     if isinstance(source, Night):
-        made = Recording(source.where or 'the night', [c.name for c in source.channels], list(source.fs), source.start,
-                         len(source.stages) * float(EPOCH_SEC), [], _NightSource(source))
+        start = source.start and source.start - timedelta(seconds=source.onset)
+        made = Recording(source.where or 'the night', [c.name for c in source.channels], list(source.fs), start,
+                         source.onset + len(source.stages) * float(EPOCH_SEC), [], _NightSource(source))
         return made, Path(source.where).stem or source.subject or 'night'
     made = open_recording(source, unit)
     files = getattr(source, 'filenames', None) or () if not isinstance(source, (str, Path)) else [source]
@@ -475,7 +478,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #7fd93f41
+# %% ../nbs/600_stager.ipynb #c9e00e55
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -485,7 +488,8 @@ def _scored(
 )->tuple[np.ndarray|None, float, list[str]]: # stages per epoch; seconds to the first; notes
     if hypnogram is None:
         own = recording.stages if isinstance(recording, Night) else None
-        return (own if own is not None and (own != UNSCORED).any() else None), 0., []
+        onset = recording.onset if isinstance(recording, Night) else 0.
+        return (own if own is not None and (own != UNSCORED).any() else None), onset, []
     scored = hypnogram if isinstance(hypnogram, Hypnogram) else read_hypnogram(hypnogram)
     stages,onset,notes = align(scored, source.duration, source.start, 0.)
     return stages, onset, [*scored.notes, *notes]

@@ -18,6 +18,7 @@ from sleepnb.hypnogram import smooth_stages
 from sleepnb.models.network import Backbone, StageNetwork
 from sleepnb.montage import POSITIONS, parse_channel
 from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
+from sleepnb.report import write_report
 from sleepnb.ssrl.mtssrl import MTSSRL
 from sleepnb.stager import EEG_SITES, Stager, signal_quality
 from sleepnb.synth import synth_hypnogram, synth_night
@@ -207,6 +208,25 @@ def test_epochs_begin_with_the_hypnogram(stager, x):
     np.testing.assert_allclose(scores['accuracy'], accuracy_score(found.reference[there], found.stages[there]))
     assert found.agreement(scored) == scores
     with pytest.raises(SleepnbError, match='begin between epochs'): stager.stage(night(x, start=start)).agreement(scored)
+
+def test_a_night_knows_where_its_recording_begins(stager, x, tmp_path):
+    "Scoring begins after 15 s: by path, as a Night, and in the report of either."
+    path,hypnogram = tmp_path/'late.edf', tmp_path/'late.csv'
+    edf = Edf([EdfSignal(o.astype(float), 200, label=n, physical_dimension='uV', physical_range=(-3000, 3000)) for o,n in zip(x, NAMES)],
+              starttime=datetime(2020, 1, 1, 22).time())
+    edf.startdate = datetime(2020, 1, 1).date()
+    edf.write(path)
+    hypnogram.write_text('onset,duration,stage\n' + ''.join(f'{15 + 30*i},30,{"W N1 N2 N3 R".split()[s]}\n' for i,s in enumerate(STAGES[:39])))
+    by_path,read = stager.stage(path, hypnogram=hypnogram), read_night(path, hypnogram)
+    assert (by_path.onset, read.onset, read.start) == (15, 15, datetime(2020, 1, 1, 22, 0, 15))
+    for found in (stager.stage(read), stager.stage(read, hypnogram=hypnogram)):
+        close(found, by_path, 1e-6)
+        assert (found.name, found.start, found.onset) == ('late', datetime(2020, 1, 1, 22), 15) and len(found.stages) == 39
+        assert list(found.table.onset[:2]) == [15, 45] and list(found.reference) == list(STAGES[:39])
+        assert write_report(found, tmp_path/'r.html', path) and write_report(found, tmp_path/'r.html', read)
+    assert write_report(by_path, tmp_path/'r.html', read)
+    early = stager.stage(read, hypnogram=Hypnogram('h', 30.*np.arange(39), np.full(39, 30.), STAGES[:39].astype(np.int8)))
+    assert early.onset == 0 and list(early.quality[:2]) == ['missing', 'good']   # of its first epoch, half is not in the Night
 
 def test_agreement_is_by_time(stager, x):
     start = datetime(2020, 1, 1, 22)

@@ -680,7 +680,7 @@ def _share(begin, end, stage, n):
         share[k, s] += np.minimum(b, (k+1) * EPOCH_SEC) - np.maximum(a, k * EPOCH_SEC)
     return share
 
-# %% ../../nbs/100_data.psg.ipynb #c19f1b81
+# %% ../../nbs/100_data.psg.ipynb #90aa853f
 def counts_as_text(
     stages:np.ndarray, # stage codes, −1 for unscored
 )->str:                # such as `3 unscored, W 20, N2 7`
@@ -702,6 +702,7 @@ class Night:
     missing:tuple=()         # channels that were wanted and are not there
     where:str=''             # the file
     notes:list[str]=field(default_factory=list) # what was left out, derived or assumed
+    onset:float=0.           # of the first epoch, seconds from the start of the recording
 
     def __repr__(self):
         lines = [f'{Path(self.where).name or "night"}: {len(self.stages)} epochs ({counts_as_text(self.stages)})']
@@ -731,7 +732,7 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #b84c1876
+# %% ../../nbs/100_data.psg.ipynb #52c16a5a
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
@@ -797,7 +798,7 @@ def read_night(
         x.append(signal[a:a + round(len(stages) * EPOCH_SEC * fs)])
         rates.append(fs)
     start = recording.start and recording.start + timedelta(seconds=first)
-    made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes)
+    made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes, first)
     return replace(made, notes=notes + _check_amplitudes(made))
 
 def _stages(recording, hypnogram, **how):
