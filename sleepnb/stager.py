@@ -151,7 +151,7 @@ def signal_quality(
         made[rows] = found
     return np.array(QUALITIES)[made]
 
-# %% ../nbs/600_stager.ipynb #0375734e
+# %% ../nbs/600_stager.ipynb #b39f6907
 class _NightSource:
     "Gives the channels of a `Night` as a file would."
     def __init__(self, night): self.night = night
@@ -163,8 +163,13 @@ def open_source(
     source:str|Path|Night,  # or an mne `Raw`
     unit:str|None=None,     # overrides the file's unit
 )->tuple[Recording, str]:   # the recording; a short name for it
-    "As `open_recording`; takes a `Night`, too."
+    """As `open_recording`; takes a `Night`, too.
+
+    Raises `RecordingError` as that does, and for the unit of a `Night`."""
     if isinstance(source, Night):
+        if unit is not None:
+            raise RecordingError('a Night is in microvolts', where=source.where or 'the night', found=f'unit={unit!r}',
+                                 remedy='Leave unit= out; if its numbers have another unit, say so to read_night.')
         start = source.start and source.start - timedelta(seconds=source.onset)
         made = Recording(source.where or 'the night', [c.name for c in source.channels], list(source.fs), start,
                          source.onset + len(source.stages) * float(EPOCH_SEC), [], _NightSource(source))
@@ -222,7 +227,7 @@ def _is_envelope(
     above,whole = power[:, _ENVELOPE_HZ*EPOCH_SEC:].sum(-1), power.sum(-1)
     return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
 
-# %% ../nbs/600_stager.ipynb #f22b5f19
+# %% ../nbs/600_stager.ipynb #28c3ff52
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -245,14 +250,15 @@ def _spread(x, fs): # median standard deviation of at most 100 epochs that vary;
 
 def _check_unit(
     spreads:dict[str, float], # EEG and EOG channel → as `_spread`
-    where:str,
+    recording:Recording,
 ):
     known = {k: v for k,v in spreads.items() if np.isfinite(v)}
     if known and not any(AMPLITUDES[0] <= v <= AMPLITUDES[1] for v in known.values()):
-        raise RecordingError('the signals cannot be in microvolts', where=where,
+        say = 'Say which unit the numbers have, for example unit="V" or unit="uV".'
+        raise RecordingError('the signals cannot be in microvolts', where=recording.where,
             expected=f'standard deviations of {AMPLITUDES[0]:g} to {AMPLITUDES[1]:g} µV',
             found=', '.join(f'{k} {v:.3g} µV' for k,v in known.items()),
-            remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
+            remedy='Scale them: a Night is in microvolts.' if isinstance(recording.source, _NightSource) else say)
 
 def _scaled(
     x:list[np.ndarray],     # as in `_Prepared`
@@ -287,7 +293,7 @@ def _prepare(
         x.append(_at_100_hz(signal, fs, (low, high), n))
         left.subtract(d.terms.keys())
         for i in [i for i in cache if not left[i]]: del cache[i]
-    _check_unit(spreads, recording.where)
+    _check_unit(spreads, recording)
     return _scaled(x, quality), notes
 
 # %% ../nbs/600_stager.ipynb #0cfad651

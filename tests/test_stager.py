@@ -190,7 +190,9 @@ def test_wrong_units(stager, x):
     info = mne.create_info(['C3', 'C4', 'A1', 'A2', 'E1', 'E2', 'Chin'], 200, 'eeg')
     raw = mne.io.RawArray(x.astype(float), info, verbose='error')               # microvolts where mne has volts
     with pytest.raises(RecordingError, match='cannot be in microvolts'): stager.stage(raw)
-    with pytest.raises(RecordingError, match='cannot be in microvolts'): stager.stage(night(x*1e-6))
+    with pytest.raises(RecordingError, match='cannot be in microvolts.*unit="V"'): stager.stage(raw)
+    with pytest.raises(RecordingError, match='cannot be in microvolts.*Scale them: a Night is in microvolts.$'): stager.stage(night(x*1e-6))
+    with pytest.raises(RecordingError, match="a Night is in microvolts .found unit='V'"): stager.stage(night(x*1e-6), unit='V')
     close(stager.stage(raw, unit='uV'), stager.stage(night(x)))
 
 def test_epochs_begin_with_the_hypnogram(stager, x):
