@@ -9,7 +9,8 @@ from edfio import Bdf, BdfSignal, Edf, EdfAnnotation, EdfSignal
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from sleepnb.core import EPOCH_SEC, HypnogramError, RecordingError, SleepnbError, Stage
-from sleepnb.data.psg import NUMBERS, align, open_recording, read_hypnogram, read_night, sample_files, stage_of_word
+from sleepnb.data.cohorts import plain_folder
+from sleepnb.data.psg import NUMBERS, align, describe, open_recording, read_hypnogram, read_night, sample_files, stage_of_word
 
 RNG = np.random.default_rng(0)
 TRUTH = np.array([0, 1, 2, 3, 4, 2, 0, 0], np.int8)
@@ -452,3 +453,23 @@ def test_the_day_of_a_long_recording(start, hours, scored, begins, said):
 @pytest.mark.parametrize('scored', [datetime.time(22), datetime.datetime(1999, 5, 6, 22)])
 def test_a_day_that_nothing_tells(scored):
     with pytest.raises(HypnogramError, match='several days.*found 60.0 h'): align(a_night(scored), 60*3600, datetime.datetime(2020, 1, 2, 20))
+
+# ---- stages in the recording itself
+
+@pytest.mark.parametrize('suffix', ['.edf', '.fif', '.fif.gz'])
+def test_a_recording_is_its_own_hypnogram_in_any_format(tmp_path, suffix):
+    path = tmp_path/f'night_raw{suffix}'
+    if suffix == '.edf': write_psg(path, annotations=[EdfAnnotation(30*i, 30, w) for i,w in enumerate(WORDS)])
+    else:
+        raw = mne.io.RawArray(np.stack([EEG]) * 1e-6, mne.create_info(['C3'], 100, 'eeg'), first_samp=700, verbose='error')
+        raw.set_annotations(mne.Annotations([30*i for i in range(8)], 30, WORDS)).save(path, verbose='error')
+    for night in (read_night(path), read_night(path, path), read_night(path, read_hypnogram(path))): assert (night.stages == TRUTH).all()
+    assert describe(path)['hypnogram']['file'] == str(path) and describe(path)['hypnogram']['epochs'] == 8
+    if suffix == '.fif.gz': return                                   # which a folder passes over
+    cohort = plain_folder(tmp_path)
+    assert list(cohort.nights.hypnogram) == [str(path)] and (cohort.read(dict(cohort.nights.iloc[0])).stages == TRUTH).all()
+
+def test_numbers_in_a_recording_need_their_vocabulary(tmp_path):
+    path = write_psg(tmp_path/'a.edf', annotations=[EdfAnnotation(30*i, 30, w) for i,w in enumerate('0 1 2 4 5 2 0 0'.split())])
+    with pytest.raises(HypnogramError, match='stages are numbers'): read_hypnogram(path)
+    assert (read_hypnogram(path, 'nsrr').stage == TRUTH).all()

@@ -369,7 +369,7 @@ def _owner(
     fits = {p: named_after(path, p) for p in recordings if p.parent == path.parent and p != path}
     return max((p for p,n in fits.items() if n), key=fits.get, default=None)
 
-# %% ../../nbs/130_data.cohorts.ipynb #d8f6edf5
+# %% ../../nbs/130_data.cohorts.ipynb #49bdc025
 def _scored(
     recordings:list[Path],
     others:list[Path],      # files that may be hypnograms
@@ -382,7 +382,7 @@ def _scored(
             raise SleepnbError('several files could be the hypnogram', where=p, expected='one',
                                found=', '.join(o.name for o in several),
                                remedy='Say how the right ones end, for example ending="_scorer1.txt".')
-    own = {p: p for p in recordings if p not in found and p.suffix.casefold() in _EDF and _has_stages(p)}
+    own = {p: p for p in recordings if p not in found and _has_stages(p)}
     return {p: o[0] for p,o in found.items()} | own
 
 def _subject(
@@ -414,7 +414,7 @@ def plain_folder(
     name:str='folder',
     crop_wake_min:float|None=None,     # minutes of wake to keep around sleep
 )->Cohort:
-    """Recordings and hypnograms that belong together by name, or EDF+ files that carry their own stages.
+    """Recordings and hypnograms that belong together by name, or recordings that carry their own stages.
 
     Raises `SleepnbError` when there are none, several hypnograms could be meant, or a night is there twice."""
     files = [p for p,_ in _files(folder, r'.*\.(edf|bdf|rec|vhdr|set|fif)')]

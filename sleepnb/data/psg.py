@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'AMPLITUDES', 'STAGED', 'sample_files', 'Recording', 'open_recording', 'Hypnogram', 'stage_of_word',
-           'read_hypnogram', 'align', 'counts_as_text', 'Night', 'read_night', 'named_after', 'is_staging',
+           'read_hypnogram', 'align', 'stages_of', 'counts_as_text', 'Night', 'read_night', 'named_after', 'is_staging',
            'find_hypnogram', 'describe']
 
 # %% ../../nbs/100_data.psg.ipynb #b830aed2
@@ -380,12 +380,19 @@ def _pieces(
     notes = (f'{others} events that are no stages',) if others else ()
     return Hypnogram(where, np.array(onset, float), np.array(duration, float), np.array(stage, np.int8), start, notes)
 
-# %% ../../nbs/100_data.psg.ipynb #7f57910a
+# %% ../../nbs/100_data.psg.ipynb #a18ad900
 _COLUMNS = ('stage', 'sleep_stage', 'trial_type', 'description', 'label', 'annotation', 'event', 'value')
 
-def _from_edf(path, vocabulary, epoch_sec, **kwargs):
-    source = _EdfSource(path, None)
-    return _pieces(source.events(), str(path), source.start, vocabulary=vocabulary, epoch_sec=epoch_sec)
+_RAW = '.fif', '.fif.gz', '.vhdr', '.set', '.gdf', '.cnt' # endings of recordings that mne reads, with annotations
+
+def _own_events(recording)->list[tuple]: # its annotations without mere markers; none if no stage is among them
+    events = [e for e in recording.source.events() if e[1] or 'stage' in e[2].casefold() or _ENDS_A_STAGE.fullmatch(e[2])]
+    return events if any(stage_of_word(e[2]) in [*Stage] for e in events) else []
+
+def _from_annotations(path, vocabulary, epoch_sec, **kwargs):
+    recording = open_recording(path)
+    events = recording.names and _own_events(recording) or recording.source.events()
+    return _pieces(events, str(path), recording.start, vocabulary=vocabulary, epoch_sec=epoch_sec)
 
 def _from_lines(path, vocabulary, epoch_sec, column):
     "One stage per line, from the start of the recording."
@@ -530,7 +537,7 @@ def _from_table(path, vocabulary, column, epoch_sec):
     events = [(*t, c['stage'] or '?') for t,c in zip(times, cells)]
     return _pieces(events, str(path), start, only_stages, vocabulary, epoch_sec)
 
-# %% ../../nbs/100_data.psg.ipynb #cc52211a
+# %% ../../nbs/100_data.psg.ipynb #357dd74d
 def _from_xml(path, **kwargs):
     try: root = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
@@ -550,7 +557,7 @@ def read_hypnogram(
     epoch_sec:float=EPOCH_SEC,   # length of an epoch, for files that do not say it
     column:str|None=None,        # which column holds the stages, for tables with unusual names
 )->Hypnogram:
-    """Reads stages from EDF+, XML (Profusion, NSRR), tables (BIDS, CSV, ANPHY-Sleep) or lines (ISRUC, YASA).
+    """Reads stages from EDF+, XML (Profusion, NSRR), tables (BIDS, CSV, ANPHY-Sleep), lines (ISRUC, YASA) or a recording.
 
     Raises `HypnogramError` for an unknown stage, or a file that is none of these."""
     _check_vocabulary(vocabulary)
@@ -561,11 +568,12 @@ def read_hypnogram(
     path = Path(path).expanduser()
     _check_file(path, HypnogramError)
     with path.open('rb') as f: head = f.read(2000)
-    if kind := next((kind for start,kind in _NO_TEXT.items() if head.startswith(start)), None):
+    is_recording = head[:8] in (_EDF, _BDF) or path.name.casefold().endswith(_RAW)
+    if not is_recording and (kind := next((kind for start,kind in _NO_TEXT.items() if head.startswith(start)), None)):
         raise HypnogramError(f'a hypnogram is not read from {kind}', where=str(path), expected='EDF, XML or text',
                              remedy='Save it as CSV, for example with the columns onset, duration and stage.')
     suffix = path.suffix.casefold()
-    if head[:8] in (_EDF, _BDF): read = _from_edf
+    if is_recording: read = _from_annotations
     elif suffix == '.xml': read = _from_xml
     elif suffix in ('.csv', '.tsv') or b'\t' in head or re.search(rb'[,;]', head.partition(b'\n')[0]): read = _from_table
     else: read = _from_lines
@@ -680,6 +688,33 @@ def _share(begin, end, stage, n):
         share[k, s] += np.minimum(b, (k+1) * EPOCH_SEC) - np.maximum(a, k * EPOCH_SEC)
     return share
 
+# %% ../../nbs/100_data.psg.ipynb #e28ed97e
+def stages_of(
+    recording:Recording,
+    hypnogram:str|Path|Hypnogram|None=None, # its stages; by default those in the recording itself, if it has any
+    vocabulary:str|None=None,          # as for `read_hypnogram`
+    column:str|None=None,              # as for `read_hypnogram`
+    epoch_sec:float=EPOCH_SEC,         # as for `read_hypnogram`
+)->tuple[np.ndarray, float, list[str]]: # stages `(epochs,)`, all −1 if there are none; seconds to the first epoch; notes
+    """Puts a hypnogram on the epochs of a recording.
+
+    Raises `HypnogramError` when it cannot be read, or does not belong to the recording."""
+    found = None
+    if isinstance(hypnogram, Hypnogram): found = hypnogram
+    elif hypnogram is not None: found = read_hypnogram(hypnogram, vocabulary, epoch_sec, column)
+    elif events := _own_events(recording):
+        found = _pieces(events, recording.where, recording.start, False, vocabulary, epoch_sec)
+    cut = getattr(recording.source, 'cut', 0)
+    if found and found.start is None and cut and found.where != recording.where:
+        raise HypnogramError('stages without a start time cannot be put on a Raw that was cropped', where=found.where,
+            found=f'{cut:g} s were cut', remedy='Give the stages a start: replace(read_hypnogram(…), start=…).')
+    if found:
+        least = .9 if isinstance(recording.source, _EdfSource) else 0.
+        stages,first,notes = align(found, recording.duration, recording.start, least)
+        return stages, first, [*found.notes, *notes]
+    n = int((recording.duration + 1e-3) // EPOCH_SEC)
+    return np.full(n, UNSCORED, np.int8), 0., ['there is no hypnogram']
+
 # %% ../../nbs/100_data.psg.ipynb #90aa853f
 def counts_as_text(
     stages:np.ndarray, # stage codes, −1 for unscored
@@ -732,7 +767,7 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #52c16a5a
+# %% ../../nbs/100_data.psg.ipynb #faedc47f
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
@@ -786,7 +821,7 @@ def read_night(
     if not recording.names:
         raise RecordingError('this file holds no signals', where=recording.where, expected='a recording', remedy=_SECOND)
     channels,terms,notes,missing = _pick(recording, wanted, aliases)
-    stages,first,more = _stages(recording, hypnogram, vocabulary=vocabulary, column=column, epoch_sec=epoch_sec)
+    stages,first,more = stages_of(recording, hypnogram, vocabulary, column, epoch_sec)
     if not len(stages):
         raise RecordingError('the recording is shorter than one epoch', where=recording.where,
                              expected=f'{EPOCH_SEC} s or more', found=f'{recording.duration:g} s')
@@ -800,26 +835,6 @@ def read_night(
     start = recording.start and recording.start + timedelta(seconds=first)
     made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes, first)
     return replace(made, notes=notes + _check_amplitudes(made))
-
-def _stages(recording, hypnogram, **how):
-    "Stages of the recording's epochs, from a file, from the recording itself, or none."
-    found = None
-    if isinstance(hypnogram, Hypnogram): found = hypnogram
-    elif hypnogram is not None: found = read_hypnogram(hypnogram, **how)
-    else:
-        events = [e for e in recording.source.events()                                       # no mere markers
-                  if e[1] or 'stage' in e[2].casefold() or _ENDS_A_STAGE.fullmatch(e[2])]
-        if any(stage_of_word(e[2]) in [*Stage] for e in events):
-            found = _pieces(events, recording.where, recording.start, False, how['vocabulary'], how['epoch_sec'])
-    if found and found.start is None and (cut := getattr(recording.source, 'cut', 0)) and hypnogram is not None:
-        raise HypnogramError('stages without a start time cannot be put on a Raw that was cropped', where=found.where,
-            found=f'{cut:g} s were cut', remedy='Give the stages a start: replace(read_hypnogram(…), start=…).')
-    if found:
-        least = .9 if isinstance(recording.source, _EdfSource) else 0.
-        stages,first,notes = align(found, recording.duration, recording.start, least)
-        return stages, first, [*found.notes, *notes]
-    n = int((recording.duration + 1e-3) // EPOCH_SEC)
-    return np.full(n, UNSCORED, np.int8), 0., ['there is no hypnogram']
 
 # %% ../../nbs/100_data.psg.ipynb #c2dff910
 def named_after(
@@ -861,12 +876,12 @@ def find_hypnogram(
                              found=', '.join(p.name for p in found))
     return found[0] if found else None
 
-# %% ../../nbs/100_data.psg.ipynb #cc1a3d20
+# %% ../../nbs/100_data.psg.ipynb #ebd26724
 def _found_stages(recording, path, notes):
     "What `describe` says of the stages; what is wrong with them goes into the notes."
     try:
         beside = find_hypnogram(path)
-        stages,_,more = _stages(recording, beside, vocabulary=None, column=None, epoch_sec=EPOCH_SEC)
+        stages,_,more = stages_of(recording, beside)
     except HypnogramError as error: more,stages = [str(error)], np.array([UNSCORED])
     notes += more
     if (stages < 0).all(): return None
