@@ -6,7 +6,7 @@
 __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WHITE_RATIO', 'MAINS_SHARE', 'BATCH', 'LONG_HOURS',
            'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'signal_quality', 'open_source', 'read_terms', 'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #e538c755
+# %% ../nbs/600_stager.ipynb #6e4e577e
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .core import (EPOCH_SEC, UNSCORED, HypnogramError, Modality, MontageError, RecordingError, SleepnbError, Stage,
                           WeightsError)
 from .data.preprocess import FS, filter_resample, hold, robust_stats, to_epochs
-from .data.psg import AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram
+from .data.psg import AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram, stages_of
 from .data.store import RECIPES, Recipe
 from .hypnogram import sleep_statistics, smooth_stages, stage_annotations, stage_table, write_stages
 from .metrics import agreement, check_stages, confusion
@@ -151,9 +151,10 @@ def signal_quality(
         made[rows] = found
     return np.array(QUALITIES)[made]
 
-# %% ../nbs/600_stager.ipynb #b39f6907
+# %% ../nbs/600_stager.ipynb #bef70b56
 class _NightSource:
     "Gives the channels of a `Night` as a file would."
+    least_inside = 0.       # it may be a part of a recording
     def __init__(self, night): self.night = night
     def read(self, i): # from the recording's start, of which a night may lack the first seconds
         lost = round(self.night.onset * self.night.fs[i])
@@ -402,7 +403,7 @@ def _find_night(
     found = start + (np.flatnonzero(likely) if likely.any() else np.arange(n // 4))
     return slice(max(0, 4*int(found[0]) - margin), 4*int(found[-1]) + 4 + margin)
 
-# %% ../nbs/600_stager.ipynb #392b8893
+# %% ../nbs/600_stager.ipynb #506ef1d9
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -419,6 +420,7 @@ class Staging:
     reference:np.ndarray|None=None # stage codes of the hypnogram that was given, `(epochs,)`
     notes:tuple=()           # what a reader should know
     epoch_sec:float=float(EPOCH_SEC)
+    least_inside:float=.9    # share of a hypnogram that must lie in the recording
 
     @property
     def statistics(self)->dict[str, float]:
@@ -436,7 +438,7 @@ class Staging:
             raise HypnogramError('there is nothing to compare with', where=self.name, remedy='Give a hypnogram.')
         if isinstance(hypnogram, (str, Path)): hypnogram = read_hypnogram(hypnogram)
         if not isinstance(hypnogram, Hypnogram): return check_stages(hypnogram, 'hypnogram')
-        stages,first,_ = align(hypnogram, self.onset + len(self.stages)*self.epoch_sec, self.start, 0.)
+        stages,first,_ = align(hypnogram, self.onset + len(self.stages)*self.epoch_sec, self.start, self.least_inside)
         shift = (first - self.onset) / self.epoch_sec
         if abs(shift - round(shift)) > .02:
             raise HypnogramError('epochs of the hypnogram begin between epochs that were staged', where=hypnogram.where,
@@ -484,7 +486,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #c9e00e55
+# %% ../nbs/600_stager.ipynb #9c35155d
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -496,9 +498,7 @@ def _scored(
         own = recording.stages if isinstance(recording, Night) else None
         onset = recording.onset if isinstance(recording, Night) else 0.
         return (own if own is not None and (own != UNSCORED).any() else None), onset, []
-    scored = hypnogram if isinstance(hypnogram, Hypnogram) else read_hypnogram(hypnogram)
-    stages,onset,notes = align(scored, source.duration, source.start, 0.)
-    return stages, onset, [*scored.notes, *notes]
+    return stages_of(source, hypnogram)
 
 _COUNTED = [f'epochs_{q}' for q in QUALITIES]
 
@@ -631,7 +631,7 @@ class Stager:
         codes = np.argmax(prepared.quality[..., None] == np.array(QUALITIES), -1)      # e c
         return Staging(name, smooth_stages(prob) if smooth else likeliest, prob, np.array(QUALITIES)[codes.min(1)],
                        _table(found, codes, self.modalities), tuple(m for m,k in of.items() if k), source.start, onset, smooth,
-                       self.name, reference, (*source.notes, *notes))
+                       self.name, reference, (*source.notes, *notes), least_inside=source.source.least_inside)
 
     def stage_all(self,
         recordings:Iterable,        # as `stage` takes one

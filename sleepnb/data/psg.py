@@ -110,7 +110,7 @@ def _check_records(
     more = f' and {rest} more bytes' if rest else ''
     return held, [f'the header declares {declared} data records, the file holds {held}{more}']
 
-# %% ../../nbs/100_data.psg.ipynb #c470a14e
+# %% ../../nbs/100_data.psg.ipynb #52c8ddc6
 _MICROVOLTS = {'uv': 1., 'µv': 1., 'μv': 1., 'microvolt': 1., 'mv': 1e3, 'millivolt': 1e3, 'v': 1e6, 'volt': 1e6, 'nv': 1e-3,
                'âµv': 1.} # µV written in UTF-8
 
@@ -129,6 +129,7 @@ def _start_of(file)->tuple[datetime|None, list[str]]: # of an EDF file; notes
 
 class _EdfSource:
     "Reads one channel of an EDF or BDF file at a time."
+    least_inside = .9      # share of a hypnogram that must lie in the recording
     def __init__(self,
         path:Path,
         unit:str|None, # overrides what the file says
@@ -202,7 +203,7 @@ def _refuse_gaps(
         raise RecordingError('the recording has gaps (EDF+D)', where=where, expected='a continuous recording',
             remedy='Export it as EDF+C, with gaps filled, or as one file for each part.')
 
-# %% ../../nbs/100_data.psg.ipynb #d32868bf
+# %% ../../nbs/100_data.psg.ipynb #ea11dfe2
 _VOLT = 107 # mne's code for a channel in volts
 
 def _slow_channels(
@@ -221,6 +222,7 @@ def _slow_channels(
 
 class _RawSource:
     "Reads one channel at a time from an mne `Raw`."
+    least_inside = 0.      # it may be a part of a recording
     def __init__(self,
         raw,           # mne `Raw`, in volts
         where:str,
@@ -688,7 +690,7 @@ def _share(begin, end, stage, n):
         share[k, s] += np.minimum(b, (k+1) * EPOCH_SEC) - np.maximum(a, k * EPOCH_SEC)
     return share
 
-# %% ../../nbs/100_data.psg.ipynb #e28ed97e
+# %% ../../nbs/100_data.psg.ipynb #a20e8e99
 def stages_of(
     recording:Recording,
     hypnogram:str|Path|Hypnogram|None=None, # its stages; by default those in the recording itself, if it has any
@@ -709,8 +711,7 @@ def stages_of(
         raise HypnogramError('stages without a start time cannot be put on a Raw that was cropped', where=found.where,
             found=f'{cut:g} s were cut', remedy='Give the stages a start: replace(read_hypnogram(…), start=…).')
     if found:
-        least = .9 if isinstance(recording.source, _EdfSource) else 0.
-        stages,first,notes = align(found, recording.duration, recording.start, least)
+        stages,first,notes = align(found, recording.duration, recording.start, recording.source.least_inside)
         return stages, first, [*found.notes, *notes]
     n = int((recording.duration + 1e-3) // EPOCH_SEC)
     return np.full(n, UNSCORED, np.int8), 0., ['there is no hypnogram']
