@@ -1,5 +1,6 @@
 """Reading nights: a real one whole, every kind of hypnogram file, and two thousand damaged inputs."""
 import datetime
+from pathlib import Path
 
 import mne
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from sleepnb.core import EPOCH_SEC, HypnogramError, RecordingError, SleepnbError, Stage
 from sleepnb.data.cohorts import plain_folder
-from sleepnb.data.psg import NUMBERS, align, describe, open_recording, read_hypnogram, read_night, sample_files, stage_of_word
+from sleepnb.data.psg import NUMBERS, align, describe, find_hypnogram, open_recording, read_hypnogram, read_night, sample_files, stage_of_word
 
 RNG = np.random.default_rng(0)
 TRUTH = np.array([0, 1, 2, 3, 4, 2, 0, 0], np.int8)
@@ -473,3 +474,29 @@ def test_numbers_in_a_recording_need_their_vocabulary(tmp_path):
     path = write_psg(tmp_path/'a.edf', annotations=[EdfAnnotation(30*i, 30, w) for i,w in enumerate('0 1 2 4 5 2 0 0'.split())])
     with pytest.raises(HypnogramError, match='stages are numbers'): read_hypnogram(path)
     assert (read_hypnogram(path, 'nsrr').stage == TRUTH).all()
+
+# ---- neighbours
+
+@pytest.mark.parametrize('name', ['night_private.txt', 'night_private.csv', 'night_private.edf'])
+def test_a_neighbour_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch, name):
+    path,opened = write_psg(tmp_path/'night.edf'), Path.open
+    (tmp_path/name).write_text('W\n' * 8)
+    def refuse(self, *args, **kwargs):
+        if self.name == name: raise PermissionError(13, 'Permission denied', str(self))
+        return opened(self, *args, **kwargs)
+    monkeypatch.setattr(Path, 'open', refuse)
+    found = describe(path)
+    assert found['hypnogram'] is None and found['channels'][0]['used']
+    assert f'{name} cannot be read (Permission denied), and is passed over' in found['notes']
+    with pytest.warns(UserWarning, match=f'night.edf: {name} cannot be read'): assert find_hypnogram(path) is None
+    (tmp_path/'night.csv').write_text('\n'.join('W N1 N2 N3 R N2 W W'.split()))
+    assert describe(path)['hypnogram']['epochs'] == 8                              # what may be read is found
+    with pytest.warns(UserWarning, match='cannot be read'): assert find_hypnogram(path) == tmp_path/'night.csv'
+
+def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    path = write_psg(tmp_path/'night.edf', annotations=[EdfAnnotation(30*i, 30, w) for i,w in enumerate(WORDS)])
+    def refuse(self): raise PermissionError(13, 'Permission denied', str(self))
+    monkeypatch.setattr(Path, 'iterdir', refuse)
+    assert describe(path)['hypnogram']['file'] == str(path)                        # its own stages
+    assert any('the folder cannot be listed (Permission denied)' in o for o in describe(path)['notes'])
+    with pytest.warns(UserWarning, match='cannot be listed'): assert find_hypnogram(path) is None

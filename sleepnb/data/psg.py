@@ -837,7 +837,7 @@ def read_night(
     made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes, first)
     return replace(made, notes=notes + _check_amplitudes(made))
 
-# %% ../../nbs/100_data.psg.ipynb #c2dff910
+# %% ../../nbs/100_data.psg.ipynb #4c7d7422
 def named_after(
     path:str|Path,      # may be a hypnogram
     recording:str|Path,
@@ -861,27 +861,46 @@ def _may_be_hypnogram(path:Path)->bool: # a text that is no other table of BIDS,
         except RecordingError: return False
     return _is_text(path) and not re.search(r'_(channels|electrodes|scans|sessions)\.tsv$', path.name)
 
-def find_hypnogram(
-    recording:str|Path,
-)->Path|None:
-    """The file beside a recording that holds its stages by its name; `None` if there is none.
-
-    Raises `HypnogramError` when several could be meant."""
-    recording = Path(recording).expanduser()
+def _beside(
+    recording:Path,
+)->tuple[list[Path], list[str]]: # files that may be its hypnogram; notes
+    found,notes = [], []
     cassette = re.match(r'S[CT]4\d{3}(?=[A-Z]\d-PSG)', recording.name)               # SC4001E0-PSG, SC4001EC-Hypnogram
     def fits(name): return cassette and name.startswith(cassette[0]) and 'Hypnogram' in name or named_after(name, recording)
-    found = [p for p in sorted(recording.parent.iterdir()) if p != recording and fits(p.name) and _may_be_hypnogram(p)]
-    found = [p for p in found if 'hypno' in p.name.casefold()] or found
+    try: near = [p for p in sorted(recording.parent.iterdir()) if p != recording and fits(p.name)]
+    except OSError as error: return [], [f'no hypnogram is looked for beside it: the folder cannot be listed ({error.strerror})']
+    for p in near:
+        try: found += [p] * _may_be_hypnogram(p)
+        except OSError as error: notes.append(f'{p.name} cannot be read ({error.strerror}), and is passed over')
+    return [p for p in found if 'hypno' in p.name.casefold()] or found, notes
+
+def _the_one(
+    found:list[Path],
+    recording:Path,
+)->Path|None:
     if len(found) > 1:
         raise HypnogramError('several files could be the hypnogram', where=recording, expected='one',
                              found=', '.join(p.name for p in found))
     return found[0] if found else None
 
-# %% ../../nbs/100_data.psg.ipynb #ebd26724
+def find_hypnogram(
+    recording:str|Path,
+)->Path|None:
+    """The file beside a recording that holds its stages by its name; `None` if there is none.
+
+    Warns of files that cannot be read. Raises `HypnogramError` when several could be meant."""
+    recording = Path(recording).expanduser()
+    found,notes = _beside(recording)
+    for note in notes: warnings.warn(f'{recording}: {note}')
+    return _the_one(found, recording)
+
+# %% ../../nbs/100_data.psg.ipynb #1c9338aa
 def _found_stages(recording, path, notes):
     "What `describe` says of the stages; what is wrong with them goes into the notes."
+    beside,why = _beside(path)
+    notes += why
     try:
-        beside = find_hypnogram(path)
+        beside = _the_one(beside, path)
         stages,_,more = stages_of(recording, beside)
     except HypnogramError as error: more,stages = [str(error)], np.array([UNSCORED])
     notes += more
@@ -908,6 +927,6 @@ def describe(
         canonical = None if c.modality is Modality.OTHER else c.name
         channels.append(dict(recorded=name, canonical=canonical, modality=str(c.modality), sfreq=fs, used=not reason,
                              reason=reason.replace('not asked for', 'staging does not need it')))
-    hypnogram = _found_stages(recording, path, notes)
+    hypnogram = _found_stages(recording, Path(path).expanduser(), notes)
     return dict(file=str(path), start=recording.start and recording.start.isoformat(), duration_s=recording.duration,
                 channels=channels, hypnogram=hypnogram, notes=notes)
