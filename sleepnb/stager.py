@@ -6,7 +6,7 @@
 __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WHITE_RATIO', 'MAINS_SHARE', 'BATCH', 'LONG_HOURS',
            'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'signal_quality', 'open_source', 'read_terms', 'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #6e4e577e
+# %% ../nbs/600_stager.ipynb #c7231571
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .core import (EPOCH_SEC, UNSCORED, HypnogramError, Modality, MontageError, RecordingError, SleepnbError, Stage,
                           WeightsError)
 from .data.preprocess import FS, filter_resample, hold, robust_stats, to_epochs
-from .data.psg import AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram, stages_of
+from .data.psg import AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram, stages_of, usable_names, with_unusable
 from .data.store import RECIPES, Recipe
 from .hypnogram import sleep_statistics, smooth_stages, stage_annotations, stage_table, write_stages
 from .metrics import agreement, check_stages, confusion
@@ -65,7 +65,7 @@ def _by_place(
     options = dict(EEG=[_nearest([c.site for c in made(*sites)])], EOG=eyes, EMG=[('Chin',)])
     return [c.name for m in modalities for c in next(filter(None, (made(*o) for o in options[m])), [])]
 
-# %% ../nbs/600_stager.ipynb #1c805e70
+# %% ../nbs/600_stager.ipynb #8b949246
 def _as_trained(
     names:list[str],              # as recorded
     montages:dict[str, list[str]],# cohort → channels that the network was trained on
@@ -82,7 +82,8 @@ def _as_trained(
         whole = [c for o in of.values() if all(parse_channel(c).name in there for c in o) for c in o]
         if len(whole) > len(best[1]): best = cohort, whole
     if not best[1]:
-        raise MontageError('the recording lacks channels that the network was trained on', where=where, found=', '.join(names),
+        raise MontageError('the recording lacks channels that the network was trained on', where=where,
+                           found=', '.join(filter(None, names)),
                            expected=' or '.join(', '.join(c) for c in montages.values()),
                            remedy="If the recorder has names of its own, say what they are with aliases=; or take weights "
                            "that were trained with channel_mode='cam'.")
@@ -486,7 +487,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #9c35155d
+# %% ../nbs/600_stager.ipynb #efd390e3
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -588,7 +589,7 @@ class Stager:
         there = {parse_channel(w).modality.value for w in wanted}
         if lost := [m for m in may if m not in there and (modalities is not None or not wanted)]:
             raise MontageError(f'there is no channel of {" or ".join(lost)} that can be used', where=where,
-                found=', '.join(names) or 'no channels', remedy='If the recorder has names of its own, say what they are with '
+                found=', '.join(filter(None, names)) or 'no channels', remedy='If the recorder has names of its own, say what they are with '
                 'aliases=' + ('; or ask for fewer modalities.' if modalities is not None and there else '.'))
         return resolve_montage(names, wanted, aliases, where), cohort
 
@@ -606,8 +607,11 @@ class Stager:
 
         Raises `RecordingError`, `MontageError` or `HypnogramError`, each with the file and what to do."""
         source,name = open_source(recording, unit)
-        found,cohort = self.choose(source.names, modalities, aliases, channels, source.where)
+        names,left = usable_names(source, channels, aliases)
+        found,cohort = self.choose(names, modalities, aliases, channels, source.where)
+        found = with_unusable(found, source)
         reference,onset,notes = _scored(recording, source, hypnogram)
+        notes = left + notes
         n = int((source.duration - onset + 1e-3) // EPOCH_SEC)
         if n < 1:
             raise RecordingError('the recording is shorter than one epoch', where=source.where,

@@ -102,7 +102,8 @@ def test_only_volts_of_a_raw_are_scaled_as_volts():
     x = np.stack([EEG, EEG]) * 1e-6
     for kind in ('misc', 'temperature'):
         raw = mne.io.RawArray(x, mne.create_info(['C3', 'EMG1'], 100, ['eeg', kind]), verbose='error')
-        with pytest.raises(RecordingError, match=f"channel 'EMG1' is not in volts.*mne type '{kind}'.*set_channel_types"): read_night(raw)
+        assert [c.name for c in read_night(raw).channels] == ['C3'] and f"EMG1 is left out: not in volts, of mne type '{kind}'" in read_night(raw).notes
+        with pytest.raises(RecordingError, match=f"channel 'EMG1' is not in volts.*mne type '{kind}'.*set_channel_types"): read_night(raw, wanted=['EMG1'])
         np.testing.assert_allclose(read_night(raw, wanted=['C3']).x[0], EEG, atol=1e-3)
         np.testing.assert_allclose(read_night(raw, unit='V').x[1], EEG, atol=1e-3)
     raw.set_channel_types({'EMG1': 'emg'}, verbose='error')
@@ -500,3 +501,34 @@ def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
     assert describe(path)['hypnogram']['file'] == str(path)                        # its own stages
     assert any('the folder cannot be listed (Permission denied)' in o for o in describe(path)['notes'])
     with pytest.warns(UserWarning, match='cannot be listed'): assert find_hypnogram(path) is None
+
+# ---- channels that are not to be used
+
+def three(tmp_path, kind='eeg', bads=()):
+    x = np.stack([EEG, EEG + 5*np.sin(np.arange(len(EEG))), EEG[::-1]]) * 1e-6
+    raw = mne.io.RawArray(x, mne.create_info(['C3', 'M2', 'Chin'], 100, ['eeg', 'eeg', kind]), verbose='error')
+    raw.info['bads'] = list(bads)
+    raw.save(tmp_path/'night_raw.fif', verbose='error', overwrite=True)
+    return x*1e6, tmp_path/'night_raw.fif'
+
+def test_one_channel_that_is_not_in_volts_is_skipped(tmp_path):
+    x,path = three(tmp_path, 'misc')
+    channels = describe(path)['channels']
+    assert [c['used'] for c in channels][2] is False and channels[2]['reason'] == "not in volts, of mne type 'misc'" and channels[2]['canonical'] == 'Chin'
+    night = read_night(path, wanted=['C3-M2'])
+    assert night.channels[0].name == 'C3-M2' and read_night(path, unit='V').channels[2].name == 'Chin'
+    assert plain_folder(tmp_path).wanted == ('C3',)
+    other = mne.io.RawArray(x*1e-6, mne.create_info(['C3', 'M2', 'Chin'], 100), verbose='error')      # all are misc
+    with pytest.raises(RecordingError, match='no channel may be used .*C3 is left out: not in volts.*set_channel_types'): read_night(other)
+
+def test_a_channel_that_is_marked_bad_is_left_out(tmp_path):
+    x,path = three(tmp_path, bads=['M2'])
+    night = read_night(path)
+    assert [c.name for c in night.channels] == ['C3', 'Chin'] and 'M2 is left out: marked bad' in night.notes
+    assert [c['reason'] for c in describe(path)['channels']] == ['', 'marked bad', '']
+    alone,asked = read_night(path, wanted=['C3']), read_night(path, wanted=['C3-M2'])
+    assert alone.channels[0].name == 'C3' and asked.channels[0].name == 'C3-M2' and 'M2 is left out: marked bad' in alone.notes
+    np.testing.assert_allclose(alone.x[0], x[0], atol=1e-3)
+    np.testing.assert_allclose(asked.x[0], x[0] - x[1], atol=1e-3)
+    assert not any('left out' in o for o in asked.notes)
+    assert read_night(path, wanted=['O1-M1'], aliases={'M2': 'O1-M1'}).channels[0].name == 'O1-M1'

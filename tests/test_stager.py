@@ -168,6 +168,22 @@ def test_a_bad_channel_counts_as_missing(stager, x):
     assert abs(found.prob[:20] - one.prob[:20]).max() > .01
     assert list(found.channels.epochs_flat) == [0, 20]
 
+def test_channels_marked_bad_or_not_in_volts_are_left_out(stager, x):
+    kinds = ['eeg']*6 + ['misc']
+    raw = mne.io.RawArray(x*1e-6, mne.create_info(NAMES, 200, kinds), verbose='error')
+    raw.info['bads'] = ['C3']
+    found = stager.stage(raw)
+    table = found.channels.set_index('channel')
+    assert list(table.index[table.used]) == ['C4-M1', 'E1-E2']
+    assert table.details['C3'] == 'marked bad' and table.details['Chin'] == "not in volts, of mne type 'misc'" and table.modality['Chin'] == 'EMG'
+    assert {'C3 is left out: marked bad', "Chin is left out: not in volts, of mne type 'misc'"} <= {*found.notes}
+    close(found, stager.stage(night(x[[1, 2, 4, 5]], ['C4', 'A1', 'LOC', 'ROC'])))
+    asked = stager.stage(raw, channels=['C3-M2'])
+    assert list(asked.channels.channel[asked.channels.used]) == ['C3-M2']
+    with pytest.raises(RecordingError, match='not in volts.*set_channel_types'): stager.stage(raw, channels=['C3-M2', 'Chin'])
+    raw.info['bads'] = NAMES
+    with pytest.raises(RecordingError, match='no channel may be used'): stager.stage(raw)
+
 def test_a_mastoid_at_its_end_spoils_what_is_made_with_it(x):
     "Difference and electrodes are both looked at."
     bad = x.copy()

@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'EXPECTED', 'SIMULATED', 'SHORT_NAMES', 'COHORTS', 'sleep_edf', 'fetch_sleep_edf', 'isruc', 'mass_ss3',
            'anphy', 'bids', 'plain_folder']
 
-# %% ../../nbs/130_data.cohorts.ipynb #76aa67e0
+# %% ../../nbs/130_data.cohorts.ipynb #064204a6
 import json
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import EPOCH_SEC, HypnogramError, MontageError, Modality, RecordingError, SleepnbError
-from .psg import Night, is_staging, named_after, open_recording, read_hypnogram, read_night
+from .psg import Night, is_staging, named_after, open_recording, read_hypnogram, read_night, usable_names
 from .store import Cohort, Whole
 from ..montage import ALIASES, parse_channel, staging_channels
 
@@ -274,7 +274,7 @@ def anphy(
         if 'edf' in files: rows.append((subject.name[5:], 1, files['edf'][0], files.get('txt', [None])[0]))
     return _cohort('anphy', _table(folder, rows, 'EPCTL01/….edf'), _wanted('anphy', wanted), 'one .txt beside it')
 
-# %% ../../nbs/130_data.cohorts.ipynb #dfc23be2
+# %% ../../nbs/130_data.cohorts.ipynb #bee92d68
 def _names(
     wanted:Iterable[str]|None,
     folder:str|Path,
@@ -288,7 +288,7 @@ def _channels_of(
     aliases:dict[str, str]|None,
 )->tuple[str, ...]:
     "The EEG, eye and chin channels that a recording has."
-    names = open_recording(recording).names
+    names,_ = usable_names(open_recording(recording), None, aliases)
     if not (made := staging_channels(names, aliases)):
         raise MontageError('no channel is EEG, eye or chin by its name', where=recording, found=', '.join(names),
                            remedy='Say what they are: aliases={"its name": "C3-M2"}.')

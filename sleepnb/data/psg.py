@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'AMPLITUDES', 'STAGED', 'sample_files', 'Recording', 'open_recording', 'Hypnogram', 'stage_of_word',
-           'read_hypnogram', 'align', 'stages_of', 'counts_as_text', 'Night', 'read_night', 'named_after', 'is_staging',
-           'find_hypnogram', 'describe']
+           'read_hypnogram', 'align', 'stages_of', 'counts_as_text', 'Night', 'usable_names', 'with_unusable',
+           'read_night', 'named_after', 'is_staging', 'find_hypnogram', 'describe']
 
-# %% ../../nbs/100_data.psg.ipynb #b830aed2
+# %% ../../nbs/100_data.psg.ipynb #e93b5df6
 import csv
 import re
 import warnings
@@ -21,7 +21,7 @@ import numpy as np
 from edfio import read_bdf, read_edf
 
 from ..core import EPOCH_SEC, UNSCORED, HypnogramError, Modality, RecordingError, Stage
-from ..montage import Channel, parse_channel, resolve_montage, staging_channels
+from ..montage import Channel, ResolvedMontage, parse_channel, resolve_montage, staging_channels
 
 # %% ../../nbs/100_data.psg.ipynb #0efb1a64
 def sample_files()->tuple[Path, Path]: # recording, hypnogram
@@ -29,7 +29,7 @@ def sample_files()->tuple[Path, Path]: # recording, hypnogram
     folder = resources.files('sleepnb')/'sample'
     return Path(str(folder/'SC4001E0-PSG.edf')), Path(str(folder/'SC4001EC-Hypnogram.edf'))
 
-# %% ../../nbs/100_data.psg.ipynb #0f4ab1ff
+# %% ../../nbs/100_data.psg.ipynb #ef234ed8
 @dataclass(frozen=True)
 class Recording:
     "An opened file: what it holds, and how to read it channel by channel."
@@ -40,6 +40,7 @@ class Recording:
     duration:float       # seconds
     notes:list[str]      # what a reader should know
     source:object        # the reader behind it
+    unusable:dict[int, str]=field(default_factory=dict) # number → why a channel is left out unless it is asked for by name
 
     def read(self,
         i:int,           # number of the channel
@@ -203,7 +204,7 @@ def _refuse_gaps(
         raise RecordingError('the recording has gaps (EDF+D)', where=where, expected='a continuous recording',
             remedy='Export it as EDF+C, with gaps filled, or as one file for each part.')
 
-# %% ../../nbs/100_data.psg.ipynb #ea11dfe2
+# %% ../../nbs/100_data.psg.ipynb #f11a09a2
 _VOLT = 107 # mne's code for a channel in volts
 
 def _slow_channels(
@@ -233,6 +234,9 @@ class _RawSource:
         self.duration = len(raw.times) / raw.info['sfreq']
         self.file,self.slow = _slow_channels(raw)
         for i,j in self.slow.items(): self.fs[i] = self.file.fs[j]
+        kinds,no_volts = raw.get_channel_types(), [int(c['unit']) != _VOLT for c in raw.info['chs']]
+        self.unusable = {i: f'not in volts, of mne type {kinds[i]!r}' for i,o in enumerate(no_volts) if o and unit is None} \
+            | {i: 'marked bad' for i,n in enumerate(self.names) if n in raw.info['bads']}
         self.start = raw.info['meas_date'] and raw.info['meas_date'].replace(tzinfo=None) + timedelta(seconds=raw.first_time)
         self.unit = unit
 
@@ -275,7 +279,7 @@ def _check_file(path:Path, kind):
         raise kind('this is a folder, not a file', where=str(path), remedy='Name a file; a whole folder is read as a cohort.')
     if not path.is_file(): raise kind('there is no such file', where=str(path))
 
-# %% ../../nbs/100_data.psg.ipynb #aea87b40
+# %% ../../nbs/100_data.psg.ipynb #ad7da163
 def open_recording(
     source:str|Path,      # a file, or an mne `Raw`
     unit:str|None=None,   # `'uV'`, `'mV'` or `'V'` overrides what the file says of all its channels
@@ -294,7 +298,7 @@ def open_recording(
         _check_file(path, RecordingError)
         with path.open('rb') as f: magic = f.read(8)
         made = _EdfSource(path, unit) if magic in (_EDF, _BDF) else _RawSource(_read_raw(path), str(path), unit)
-    return Recording(made.where, made.names, made.fs, made.start, made.duration, made.notes, made)
+    return Recording(made.where, made.names, made.fs, made.start, made.duration, made.notes, made, getattr(made, 'unusable', {}))
 
 # %% ../../nbs/100_data.psg.ipynb #0ebc0def
 @dataclass(frozen=True)
@@ -768,24 +772,66 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #faedc47f
+# %% ../../nbs/100_data.psg.ipynb #3fb73c03
+def _measures(
+    name:str, # as recorded
+    aliases:dict[str, str]|None,
+)->bool:
+    "Is it EEG, EOG, EMG or ECG by its name?"
+    return bool(name.strip()) and parse_channel(name, aliases).modality is not Modality.OTHER
+
+def _left_out(
+    recording:Recording,
+    wanted:list[str]|None=None,        # channels asked for by name
+    aliases:dict[str, str]|None=None,
+)->dict[int, str]: # number → why
+    asked = {o for c in map(parse_channel, wanted or () if recording.unusable else ()) for o in (c.site, c.reference)}
+    return {i: why for i,why in recording.unusable.items() if _measures(n := recording.names[i], aliases)
+            and parse_channel(n, aliases).site not in asked}
+
+def usable_names(
+    recording:Recording,
+    wanted:list[str]|None=None,        # channels asked for by name
+    aliases:dict[str, str]|None=None,  # the recording's own names → what they are
+)->tuple[list[str], list[str]]:        # of its channels, empty for those that are not to be used; notes
+    """The names among which channels are chosen.
+
+    Raises `RecordingError` when it has channels, and none may be used."""
+    left = _left_out(recording, wanted, aliases)
+    names = ['' if i in left else n for i,n in enumerate(recording.names)]
+    notes = [f'{recording.names[i]} is left out: {why}' for i,why in left.items()]
+    if left and not any(_measures(n, aliases) for n in names):
+        raise RecordingError('no channel may be used', where=recording.where, found='; '.join(notes),
+            remedy='Correct raw.info["bads"], or the types by raw.set_channel_types; or ask for channels by name.')
+    return names, notes
+
+def with_unusable(
+    found:ResolvedMontage, # of names from `usable_names`
+    recording:Recording,
+)->ResolvedMontage:        # with the names of all, and why they are left out
+    left = {i: recording.unusable[i] for i,c in enumerate(found.recorded) if not c.recorded and i in recording.unusable}
+    recorded = [parse_channel(recording.names[i]) if i in left else c for i,c in enumerate(found.recorded)]
+    return replace(found, recorded=recorded, unused=found.unused | left)
+
+# %% ../../nbs/100_data.psg.ipynb #f016fd72
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
     aliases:dict[str, str]|None,
 )->tuple[list[Channel], list[dict], list[str], tuple]: # channels; per channel: number in the file → sign; notes; missing
+    names,left = usable_names(recording, wanted, aliases)
     if wanted is not None:
-        found = resolve_montage(recording.names, wanted, aliases, recording.where)
+        found = resolve_montage(names, wanted, aliases, recording.where)
         made = [(d.got, d.terms) for d in found.derivations if d.terms]
-        notes = [f'{d.wanted.name}: {d.how}, {d.details}' for d in found.derivations if d.how != 'recorded']
+        notes = left + [f'{d.wanted.name}: {d.how}, {d.details}' for d in found.derivations if d.how != 'recorded']
         missing = tuple(d.wanted.name for d in found.derivations if not d.terms)
         return [c for c,_ in made], [t for _,t in made], notes, missing
-    channels = [parse_channel(n, aliases) if n.strip() else Channel(n, '', None, Modality.OTHER) for n in recording.names]
+    channels = [parse_channel(n, aliases) if n.strip() else Channel(n, '', None, Modality.OTHER) for n in names]
     used = [(c, {i: 1}) for i,c in enumerate(channels) if c.modality is not Modality.OTHER]
     if not used:
         raise RecordingError('no channel is EEG, EOG, EMG or ECG by its name', where=recording.where,
             found=', '.join(recording.names), remedy='Say what they are: aliases={"its name": "C3-M2"}.')
-    return [c for c,_ in used], [t for _,t in used], [], ()
+    return [c for c,_ in used], [t for _,t in used], left, ()
 
 def _combine(
     recording:Recording,
@@ -894,7 +940,7 @@ def find_hypnogram(
     for note in notes: warnings.warn(f'{recording}: {note}')
     return _the_one(found, recording)
 
-# %% ../../nbs/100_data.psg.ipynb #1c9338aa
+# %% ../../nbs/100_data.psg.ipynb #3d13fb66
 def _found_stages(recording, path, notes):
     "What `describe` says of the stages; what is wrong with them goes into the notes."
     beside,why = _beside(path)
@@ -918,12 +964,14 @@ def describe(
     if not recording.names:
         raise RecordingError('this file holds no signals', where=recording.where, expected='a recording',
                              remedy='Hypnograms are found by the name of their recording.')
-    notes,wanted = list(recording.notes), staging_channels(recording.names)
-    found = resolve_montage(recording.names, wanted) if wanted else None
+    left = _left_out(recording)
+    names = ['' if i in left else n for i,n in enumerate(recording.names)]
+    notes,wanted = list(recording.notes), staging_channels(names)
+    found = with_unusable(resolve_montage(names, wanted), recording) if wanted else None
     channels = []
     for i,(name,fs) in enumerate(zip(recording.names, recording.fs)):
         c = found.recorded[i] if found else parse_channel(name) if name.strip() else Channel(name, '', None, Modality.OTHER)
-        reason = found.unused.get(i, '') if found else 'not EEG, eye or chin by its name'
+        reason = found.unused.get(i, '') if found else left.get(i, 'not EEG, eye or chin by its name')
         canonical = None if c.modality is Modality.OTHER else c.name
         channels.append(dict(recorded=name, canonical=canonical, modality=str(c.modality), sfreq=fs, used=not reason,
                              reason=reason.replace('not asked for', 'staging does not need it')))
