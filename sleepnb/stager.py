@@ -487,7 +487,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #efd390e3
+# %% ../nbs/600_stager.ipynb #4cb78cd0
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -589,8 +589,8 @@ class Stager:
         there = {parse_channel(w).modality.value for w in wanted}
         if lost := [m for m in may if m not in there and (modalities is not None or not wanted)]:
             raise MontageError(f'there is no channel of {" or ".join(lost)} that can be used', where=where,
-                found=', '.join(filter(None, names)) or 'no channels', remedy='If the recorder has names of its own, say what they are with '
-                'aliases=' + ('; or ask for fewer modalities.' if modalities is not None and there else '.'))
+                found=', '.join(filter(None, names)) or 'no channels',
+                remedy='If the recorder has names of its own, say what they are with aliases=' + ('; or ask for fewer modalities.' if modalities is not None and there else '.'))
         return resolve_montage(names, wanted, aliases, where), cohort
 
     def stage(self,
