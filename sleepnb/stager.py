@@ -6,7 +6,7 @@
 __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WHITE_RATIO', 'MAINS_SHARE', 'BATCH', 'LONG_HOURS',
            'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'signal_quality', 'open_source', 'read_terms', 'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #c7231571
+# %% ../nbs/600_stager.ipynb #abc783b6
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from .core import (EPOCH_SEC, UNSCORED, HypnogramError, Modality, MontageError, RecordingError, SleepnbError, Stage,
                           WeightsError)
 from .data.preprocess import FS, filter_resample, hold, robust_stats, to_epochs
-from .data.psg import AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram, stages_of, usable_names, with_unusable
+from .data.psg import (AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram, stages_of,
+                              usable_names, with_unusable)
 from .data.store import RECIPES, Recipe
 from .hypnogram import sleep_statistics, smooth_stages, stage_annotations, stage_table, write_stages
 from .metrics import agreement, check_stages, confusion
@@ -229,7 +230,7 @@ def _is_envelope(
     above,whole = power[:, _ENVELOPE_HZ*EPOCH_SEC:].sum(-1), power.sum(-1)
     return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
 
-# %% ../nbs/600_stager.ipynb #28c3ff52
+# %% ../nbs/600_stager.ipynb #ccc6ca65
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -290,8 +291,8 @@ def _prepare(
         low,high = getattr(recipe, modality.lower())
         if modality == Modality.EMG and fs >= 20 and _is_envelope(signal, fs):
             low = None
-            notes.append(f'{d.got.name} has nothing above {_ENVELOPE_HZ} Hz: taken for an envelope of muscle at {fs:g} Hz; if it '
-                         'was recorded at a lower rate, stage the file that has it so')
+            notes.append(f'{d.got.name} has nothing above {_ENVELOPE_HZ} Hz: taken for an envelope of muscle, and not filtered; '
+                         'if it was resampled, stage the file as it was recorded')
         x.append(_at_100_hz(signal, fs, (low, high), n))
         left.subtract(d.terms.keys())
         for i in [i for i in cache if not left[i]]: del cache[i]
@@ -487,7 +488,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #4cb78cd0
+# %% ../nbs/600_stager.ipynb #f7fc9bc2
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -590,7 +591,8 @@ class Stager:
         if lost := [m for m in may if m not in there and (modalities is not None or not wanted)]:
             raise MontageError(f'there is no channel of {" or ".join(lost)} that can be used', where=where,
                 found=', '.join(filter(None, names)) or 'no channels',
-                remedy='If the recorder has names of its own, say what they are with aliases=' + ('; or ask for fewer modalities.' if modalities is not None and there else '.'))
+                remedy='If the recorder has names of its own, say what they are with aliases='
+                + ('; or ask for fewer modalities.' if modalities is not None and there else '.'))
         return resolve_montage(names, wanted, aliases, where), cohort
 
     def stage(self,

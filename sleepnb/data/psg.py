@@ -111,7 +111,7 @@ def _check_records(
     more = f' and {rest} more bytes' if rest else ''
     return held, [f'the header declares {declared} data records, the file holds {held}{more}']
 
-# %% ../../nbs/100_data.psg.ipynb #52c8ddc6
+# %% ../../nbs/100_data.psg.ipynb #5d167906
 _MICROVOLTS = {'uv': 1., 'µv': 1., 'μv': 1., 'microvolt': 1., 'mv': 1e3, 'millivolt': 1e3, 'v': 1e6, 'volt': 1e6, 'nv': 1e-3,
                'âµv': 1.} # µV written in UTF-8
 
@@ -135,7 +135,7 @@ class _EdfSource:
         path:Path,
         unit:str|None, # overrides what the file says
     ):
-        self.where,self.unit = str(path), unit
+        self.where,self.unit,self.unusable = str(path), unit, {}
         head = _edf_header(path)
         records,self.notes = _check_records(path, head)
         with path.open('rb') as f: is_bdf = f.read(8) == _BDF
@@ -279,7 +279,7 @@ def _check_file(path:Path, kind):
         raise kind('this is a folder, not a file', where=str(path), remedy='Name a file; a whole folder is read as a cohort.')
     if not path.is_file(): raise kind('there is no such file', where=str(path))
 
-# %% ../../nbs/100_data.psg.ipynb #ad7da163
+# %% ../../nbs/100_data.psg.ipynb #1e2434cb
 def open_recording(
     source:str|Path,      # a file, or an mne `Raw`
     unit:str|None=None,   # `'uV'`, `'mV'` or `'V'` overrides what the file says of all its channels
@@ -298,7 +298,7 @@ def open_recording(
         _check_file(path, RecordingError)
         with path.open('rb') as f: magic = f.read(8)
         made = _EdfSource(path, unit) if magic in (_EDF, _BDF) else _RawSource(_read_raw(path), str(path), unit)
-    return Recording(made.where, made.names, made.fs, made.start, made.duration, made.notes, made, getattr(made, 'unusable', {}))
+    return Recording(made.where, made.names, made.fs, made.start, made.duration, made.notes, made, made.unusable)
 
 # %% ../../nbs/100_data.psg.ipynb #0ebc0def
 @dataclass(frozen=True)
@@ -602,7 +602,7 @@ def _check_pieces(h:Hypnogram):
                 found=f'{Stage(last).label} and {Stage(stage).label} at {onset:g} s', remedy='Keep one scorer in the file.')
         if onset + duration > end: end,last = onset + duration, stage
 
-# %% ../../nbs/100_data.psg.ipynb #9a096580
+# %% ../../nbs/100_data.psg.ipynb #93e187fc
 def _inside(
     hypnogram:Hypnogram,
     shift:float,         # seconds to add to the onsets
@@ -617,7 +617,8 @@ def _by_clock(
     duration:float,      # of the recording, seconds
 )->float:                # the same, on the day that fits
     scored = hypnogram.stage >= 0
-    end,latest = (hypnogram.onset + hypnogram.duration)[scored].max(initial=0), duration - hypnogram.onset[scored].min(initial=0)
+    begin,end = hypnogram.onset[scored].min(initial=0), (hypnogram.onset + hypnogram.duration)[scored].max(initial=0)
+    latest = duration - begin
     n = int(min((latest + end) // _DAY + 1, 100))
     days = latest - (latest - seconds) % _DAY - _DAY*np.arange(n)              # from the last on which it might begin
     kept = np.array([_inside(hypnogram, d, duration)[scored].sum() for d in days])
@@ -883,7 +884,7 @@ def read_night(
     made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes, first)
     return replace(made, notes=notes + _check_amplitudes(made))
 
-# %% ../../nbs/100_data.psg.ipynb #4c7d7422
+# %% ../../nbs/100_data.psg.ipynb #1f8473a6
 def named_after(
     path:str|Path,      # may be a hypnogram
     recording:str|Path,
@@ -914,7 +915,8 @@ def _beside(
     cassette = re.match(r'S[CT]4\d{3}(?=[A-Z]\d-PSG)', recording.name)               # SC4001E0-PSG, SC4001EC-Hypnogram
     def fits(name): return cassette and name.startswith(cassette[0]) and 'Hypnogram' in name or named_after(name, recording)
     try: near = [p for p in sorted(recording.parent.iterdir()) if p != recording and fits(p.name)]
-    except OSError as error: return [], [f'no hypnogram is looked for beside it: the folder cannot be listed ({error.strerror})']
+    except OSError as error:
+        return [], [f'no hypnogram is looked for beside it, for the folder cannot be listed ({error.strerror})']
     for p in near:
         try: found += [p] * _may_be_hypnogram(p)
         except OSError as error: notes.append(f'{p.name} cannot be read ({error.strerror}), and is passed over')
