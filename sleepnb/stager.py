@@ -230,7 +230,7 @@ def _is_envelope(
     above,whole = power[:, _ENVELOPE_HZ*EPOCH_SEC:].sum(-1), power.sum(-1)
     return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
 
-# %% ../nbs/600_stager.ipynb #ccc6ca65
+# %% ../nbs/600_stager.ipynb #6fa90287
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -291,8 +291,8 @@ def _prepare(
         low,high = getattr(recipe, modality.lower())
         if modality == Modality.EMG and fs >= 20 and _is_envelope(signal, fs):
             low = None
-            notes.append(f'{d.got.name} has nothing above {_ENVELOPE_HZ} Hz: taken for an envelope of muscle, and not filtered; '
-                         'if it was resampled, stage the file as it was recorded')
+            notes.append(f'{d.got.name} has nothing above {_ENVELOPE_HZ} Hz: taken for an envelope of muscle, and not '
+                         'filtered; if it was resampled, stage the file as it was recorded')
         x.append(_at_100_hz(signal, fs, (low, high), n))
         left.subtract(d.terms.keys())
         for i in [i for i in cache if not left[i]]: del cache[i]
