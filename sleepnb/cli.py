@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'train', 'main', 'demo', 'simulate', 'info', 'prepare', 'pretrain', 'finetune', 'supervised', 'sleepsmc',
-           'featurenet', 'evaluate', 'stage', 'export']
+           'featurenet', 'evaluate', 'stage', 'export', 'recipe', 'recipes']
 
-# %% ../nbs/640_cli.ipynb #8f400e78
+# %% ../nbs/640_cli.ipynb #d1f6c4c0
 import json
 import math
 import os
@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .core import HypnogramError, SleepnbError, Stage, WeightsError, unwritable
+from .core import HypnogramError, SleepnbError, Stage, WeightsError, plural, unwritable
 
 # %% ../nbs/640_cli.ipynb #e29bd06b
 _plain = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -83,6 +83,17 @@ def main():
     if code == 130: _say('interrupted.' + ' The same command, given again, goes on.'*goes_on)
     sys.exit(code or 0)
 
+# %% ../nbs/640_cli.ipynb #65fefcfe
+_ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column')
+
+def _in_shell(error:Exception)->Exception:
+    "The same, with options instead of arguments."
+    if isinstance(error, SleepnbError) and error.remedy:
+        remedy = re.sub(r'aliases=\{"(.*?)": "(.*?)"\}', r'--alias "\1=\2"', error.remedy)
+        remedy = re.sub(rf'\b({"|".join(_ARGUMENTS)})= ?', lambda m: f'--{_ARGUMENTS[m[1]]} ', remedy)
+        error.remedy = re.sub(r' (?=[.;,])', '', remedy)
+    return error
+
 # %% ../nbs/640_cli.ipynb #3edfd753
 @app.command(epilog='''\b
 Examples:
@@ -105,7 +116,7 @@ def demo(
     typer.echo(summary(run_demo(out, scale)))
     typer.echo(f'\n{out.expanduser().absolute()/"report.html"}')
 
-# %% ../nbs/640_cli.ipynb #2f83b8ad
+# %% ../nbs/640_cli.ipynb #7a708e5d
 @app.command()
 def simulate(
     cohort:Annotated[str, typer.Argument(help='sleep-edf (-20, -78), isruc (-s1, -s3), mass or anphy.')],
@@ -120,17 +131,15 @@ def simulate(
     "Write simulated nights as files, in the layout of a dataset and with its surprises."
     from sleepnb.data.simulated import simulate
     made = simulate(cohort, folder, subjects, nights, hours, seed, whole_cap, jobs, sys.stderr.isatty())
-    typer.echo(f'{len(made.nights)} simulated nights in the layout of {cohort} are in {folder.absolute()}')
+    typer.echo(f'{folder}: {plural(len(made.nights), "simulated night")} in the layout of {cohort}')
 
-# %% ../nbs/640_cli.ipynb #6e5af4c5
+# %% ../nbs/640_cli.ipynb #f169542d
 _json = typer.Option('--json', help='One JSON object instead of text.')
 
 def _table(rows, right=False): # of texts; numbers stand to the right
     widths = [max(map(len, column)) for column in zip(*rows)]
     def fill(i, text): return text.rjust(widths[i]) if right and i else text.ljust(widths[i])
     return '\n'.join('  ' + '  '.join(fill(i, v) for i,v in enumerate(row)).rstrip() for row in rows)
-
-def _count(n, what): return f'{n} {what}{"s" * (n != 1)}'
 
 def _found(channel): # a row of the table
     fate = 'used' if channel['used'] else f'not used: {channel["reason"]}'
@@ -157,14 +166,21 @@ def info(
     typer.echo(_table([('recorded', 'is', 'measures', 'Hz', ''), *map(_found, found['channels'])]))
     if stages := found['hypnogram']:
         counts = ', '.join(f'{k} {n}' for k,n in stages['stages'].items() if n)
-        typer.echo(f'  hypnogram: {stages["file"]}, {stages["epochs"]} epochs ({counts})')
+        typer.echo(f'  hypnogram: {stages["file"]}, {plural(stages["epochs"], "epoch")} ({counts})')
     for note in found['notes']: typer.echo(f'  note: {note}')
 
-# %% ../nbs/640_cli.ipynb #b2c8b916
+# %% ../nbs/640_cli.ipynb #1347004b
+def _aliases(given): # NAME=CHANNEL, of each
+    if bad := [o for o in given or () if not all(o.rpartition('='))]:
+        raise SleepnbError('an alias has two sides', expected='NAME=CHANNEL, such as X1=Chin', found=bad[0])
+    return {name: channel for name,_,channel in (o.rpartition('=') for o in given or ())} or None
+
+_alias = typer.Option('--alias', metavar='NAME=CHANNEL', help='What a channel with a name of its own is; may be repeated.')
+
 def _options_for(make, given): # those that were given; `make` must know them
     given = {k: v for k,v in given.items() if v is not None}
     if unknown := [k for k in given if k not in signature(make).parameters]:
-        raise SleepnbError('this dataset takes no such option', found=', '.join(f'--{o}' for o in unknown),
+        raise SleepnbError('this dataset takes no such option', found=', '.join(f'--{_ARGUMENTS.get(o, o)}' for o in unknown),
                            remedy='Leave it out, or read the files as "folder".')
     return given
 
@@ -182,6 +198,7 @@ def prepare(
     jobs:Annotated[int, typer.Option(metavar='N', help='Processes; -1 is one per core.')]=1,
     channels:Annotated[str|None, typer.Option(metavar='NAMES', help='Channels to keep, with commas: C3-M2,C4-M1,E1,Chin. '
         'Default: those of the dataset, or those that half of the recordings have.')]=None,
+    alias:Annotated[list[str]|None, _alias]=None,
     name:Annotated[str|None, typer.Option(metavar='NAME', help='Of bids or folder: a name for the cohort.')]=None,
     subject:Annotated[str|None, typer.Option(metavar='REGEX', help='Of a folder: regular expression for the person '
         'in a file name.')]=None,
@@ -198,9 +215,12 @@ def prepare(
     from sleepnb.data.cohorts import COHORTS
     from sleepnb.data.store import prepare
     wanted = channels and [c.strip() for c in channels.split(',')]
-    given = dict(wanted=wanted, name=name, subject=subject, ending=ending, vocabulary=vocabulary, column=column)
+    given = dict(wanted=wanted, aliases=_aliases(alias), name=name, subject=subject, ending=ending, vocabulary=vocabulary,
+                 column=column)
     make = COHORTS[cohort]
-    made = prepare(make(folder, **_options_for(make, given)), store, recipe, jobs, progress=sys.stderr.isatty())
+    try: found = make(folder, **_options_for(make, given))
+    except SleepnbError as error: raise _in_shell(error)
+    made = prepare(found, store, recipe, jobs, progress=sys.stderr.isatty())
     typer.echo(repr(made).partition(f'; {len(made.failed)} nights failed')[0])
     for night,why in made.failed.items(): _say(f'{night} failed: {why}')
     if made.failed: raise typer.Exit(1)
@@ -419,7 +439,7 @@ def featurenet(**options):
     It is the rival of sleepsmc, and quicker. All options are the same."""
     _train_modalities('FeatureNet', False, **options)
 
-# %% ../nbs/640_cli.ipynb #eb5d413e
+# %% ../nbs/640_cli.ipynb #3f4c6ff4
 _SCORES = dict(kappa='κ', macro_f1='macro-F1', accuracy='accuracy', balanced_accuracy='balanced accuracy') \
     | {f'f1_{s.label}': f'F1 of {s.label}' for s in Stage}
 
@@ -451,7 +471,7 @@ def _as_text(found):
     rows = [[name, *_cells(pooled[k]), *_cells(nights[k])] for k,name in _SCORES.items()]
     stages = [s.label for s in Stage]
     conf = [[f'scored {s}', *map(str, row)] for s,row in zip(stages, found['confusion'])]
-    tested = ', '.join(_count(found[k], k[:-1]) for k in ('subjects', 'nights', 'epochs'))
+    tested = ', '.join(plural(found[k], k[:-1]) for k in ('subjects', 'nights', 'epochs'))
     parts = [f'{tested} (split {found["split"]})',
              _table([['', 'all epochs', '95 %', 'mean of nights', '95 %'], *rows], right=True), '',
              _table([['', *(f'as {s}' for s in stages)], *conf], right=True)]
@@ -503,9 +523,14 @@ def evaluate(
     if subsets: found['subsets'] = _subsets(learn)
     typer.echo(json.dumps(found) if as_json else _as_text(found))
 
-# %% ../nbs/640_cli.ipynb #8d3b2ba9
+# %% ../nbs/640_cli.ipynb #58e2f3ba
 _Format = StrEnum('_Format', 'csv tsv bids edf')
 _ENDINGS = dict(csv='_stages.csv', tsv='_stages.tsv', bids='_desc-stages_events.tsv', edf='_stages.edf')
+
+def _is_ours(path): # did sleepnb write it?
+    from sleepnb.data.psg import is_staging
+    if path.suffix == '.html': return path.is_file() and b'Made by sleepnb' in path.read_bytes()
+    return path.is_file() and is_staging(path)
 
 def _places(
     files:list[Path],
@@ -513,7 +538,6 @@ def _places(
     kind:str,    # a key of `_ENDINGS`
     report:bool,
 )->dict[Path, list[Path]]: # recording → what is written of it
-    from sleepnb.data.psg import is_staging
     if there := unwritable(out):
         raise SleepnbError('nothing can be written there', where=out, remedy='Name another folder: --out DIR.',
                            found=f'{there} is {"not yours to write to" if there.is_dir() else "a file"}')
@@ -524,13 +548,13 @@ def _places(
         if (other := whose.setdefault(stem.casefold(), file)) is not file:
             raise SleepnbError('two recordings would be written to the same file', where=made[file][0],
                 found=f'{other} and {file}', remedy='Stage them one after the other, each with its own --out DIR.')
-        for path in filter(Path.is_file, made[file]):
-            if b'Made by sleepnb' in path.read_bytes() if path.suffix == '.html' else is_staging(path): continue
-            raise SleepnbError('this file is there already, and was not written by sleepnb', where=path,
+        beside = [made[file][0].with_suffix('.json')] * (kind == 'bids')
+        if there := [p for p in made[file] + beside if p.exists() and not _is_ours(p)]:
+            raise SleepnbError('this is there already, and was not written by sleepnb', where=there[0],
                                remedy='Name another folder: --out DIR.')
     return made
 
-# %% ../nbs/640_cli.ipynb #6fe7f98a
+# %% ../nbs/640_cli.ipynb #319f2c31
 def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is none
     from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram
     inside = describe(file)['hypnogram'] # refuses what is no recording
@@ -547,17 +571,7 @@ def _staged(stager, file, given, reading, how): # the staging; the file of the h
         _say(f'no agreement is computed. {_told(_in_shell(error))}')
     return stager.stage(file, **how), None
 
-_ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column')
-
-def _in_shell(error:Exception)->Exception:
-    "The same, with options instead of arguments."
-    if isinstance(error, SleepnbError) and error.remedy:
-        remedy = re.sub(r'aliases=\{"(.*?)": "(.*?)"\}', r'--alias "\1=\2"', error.remedy)
-        remedy = re.sub(rf'\b({"|".join(_ARGUMENTS)})= ?', lambda m: f'--{_ARGUMENTS[m[1]]} ', remedy)
-        error.remedy = re.sub(r' (?=[.;,])', '', remedy)
-    return error
-
-# %% ../nbs/640_cli.ipynb #7b8229fc
+# %% ../nbs/640_cli.ipynb #93dbf3df
 def _agreement(staging):
     "With the hypnogram, as JSON has it; `None` without epochs to compare."
     if staging.reference is None or not ((staging.reference >= 0) & (staging.stages >= 0)).any(): return None
@@ -580,17 +594,12 @@ def _staging_as_text(staging, scored, paths):
             f'  flagged epochs: {", ".join(flags) or "none"}']
     if found := _agreement(staging):
         scores = ', '.join(f'{_SCORES[k]} {_cells(dict(value=found[k], low=None, high=None))[0]}' for k in list(found)[:3])
-        more.append(f'  agreement with {scored}: {scores}, over {_count(found["epochs"], "epoch")}')
+        more.append(f'  agreement with {scored}: {scores}, over {plural(found["epochs"], "epoch")}')
     lines = repr(staging).splitlines()
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #35e63e21
-def _aliases(given): # NAME=CHANNEL, of each
-    if bad := [o for o in given or () if not all(o.rpartition('='))]:
-        raise SleepnbError('an alias has two sides', expected='NAME=CHANNEL, such as X1=Chin', found=bad[0])
-    return {name: channel for name,_,channel in (o.rpartition('=') for o in given or ())} or None
-
+# %% ../nbs/640_cli.ipynb #2baa8c56
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
@@ -606,8 +615,7 @@ def stage(
     modalities:Annotated[str|None, typer.Option(metavar='NAMES', help='Only these, with commas: EEG,EOG. Default: all that are '
         'there and that the weights can use.')]=None,
     channels:Annotated[str|None, typer.Option(metavar='NAMES', help='Only these, with commas: C3-M2,E1-M2.')]=None,
-    alias:Annotated[list[str]|None, typer.Option(metavar='NAME=CHANNEL', help='What a channel with a name of its own is; '
-        'may be repeated.')]=None,
+    alias:Annotated[list[str]|None, _alias]=None,
     smooth:Annotated[bool, typer.Option('--smooth', help='Take the likeliest path through the night.')]=False,
     unit:Annotated[str|None, typer.Option(metavar='UNIT', help='uV, mV or V, where the file is wrong about it.')]=None,
     vocabulary:Annotated[str|None, typer.Option(metavar='NAME', help='Of the hypnogram: whose numbers, if stages are numbers: '
@@ -624,31 +632,35 @@ def stage(
     Writes STEM_stages.csv into the current folder, where STEM is the name of the recording without its ending: onset, duration,
     stage, probabilities and quality of each epoch.
 
-    A recording that cannot be staged is reported, and the others go on; then the exit code is 1, or 2 if none could be
-    staged. A file is written whole or not at all."""
+    What fails is reported, and other recordings go on; then the exit code is 1, or 2 if none could be staged. A file is
+    written whole or not at all."""
     from sleepnb.stager import Stager
     if hypnogram and len(files) > 1:
-        raise SleepnbError('one hypnogram belongs to one recording', where=hypnogram, found=_count(len(files), 'recording'))
+        raise SleepnbError('one hypnogram belongs to one recording', where=hypnogram, found=plural(len(files), 'recording'))
     how = dict(modalities=_names(modalities), channels=_names(channels), smooth=smooth, aliases=_aliases(alias), unit=unit)
-    places,stager,failed = _places(files, out.expanduser(), kind, report), Stager.load(weights), 0
+    places,stager,failed,some = _places(files, out.expanduser(), kind, report), Stager.load(weights), 0, False
     for i,(file,paths) in enumerate(places.items()):
         if len(files) > 1 and sys.stderr.isatty(): _say(f'{i + 1} of {len(files)}, {file}')
+        written = []
         try:
             staging,scored = _staged(stager, file, hypnogram, (vocabulary, column), how)
-            staging.write(paths[0])
-            if report: _write_report(staging, paths[1], file, how)
+            written.append(staging.write(paths[0]))
+            if report: written.append(_write_report(staging, paths[1], file, how))
         except Exception as error:
             if os.environ.get('SLEEPNB_DEBUG'): raise
             text = _told(_in_shell(error))
-            if i == 0 and isinstance(error, SleepnbError) and not error.where: raise # it is not the recording that is wrong
+            if written: text = f'the stages are in {paths[0]}, but the report failed: {text}'
+            elif i == 0 and isinstance(error, SleepnbError) and not error.where: raise # it is not the recording that is wrong
             _say(text if str(file) in text else f'{file}: {text}')
             failed += 1
-        else: typer.echo(json.dumps(_staging_as_json(file, staging)) if as_json else _staging_as_text(staging, scored, paths))
-    if failed: raise typer.Exit(1 if failed < len(files) else 2)
+        if not written: continue
+        some = True
+        typer.echo(json.dumps(_staging_as_json(file, staging)) if as_json else _staging_as_text(staging, scored, written))
+    if failed: raise typer.Exit(1 if some else 2)
 
 def _write_report(staging, path, file, how):
     from sleepnb.report import write_report
-    write_report(staging, path, file, how['aliases'], how['unit'])
+    return write_report(staging, path, file, how['aliases'], how['unit'])
 
 # %% ../nbs/640_cli.ipynb #ea61c953
 @app.command(epilog='''\b
@@ -670,3 +682,77 @@ def export(
     from sleepnb.export import export_onnx
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
+
+# %% ../nbs/640_cli.ipynb #3ebcd0de
+_STATES = ('done', 'stale', 'failed', 'missing')
+_Scale = StrEnum('_Scale', 'smoke small paper')
+_Backend = StrEnum('_Backend', 'loky dask')
+_scale = typer.Option('--scale', help='smoke: does it run? small: simulated cohorts, for two cores; paper: the datasets.')
+_runs = typer.Option('--out', metavar='DIR', help='Where runs are kept.')
+
+def _as_table(table): # ours and what is printed, one line per row of the table
+    table = table.assign(cell=[f'{"–" if math.isnan(r.ours) else f"{r.ours:.4g}"} ({r.printed:g})' for r in table.itertuples()],
+                         runs=[f'{r.found}/{r.expected}' if r.expected else 'not built' for r in table.itertuples()])
+    keys = ['dataset', 'setting', 'model', 'modality', 'runs']
+    wide = table.set_index([*keys, 'metric']).cell.unstack(sort=False)
+    return _table([[*keys, *wide.columns], *([*map(str, index), *row] for index,row in zip(wide.index, wide.to_numpy()))])
+
+def _states(status): return {s: int((status.state == s).sum()) for s in _STATES}
+
+@app.command('run', epilog='''\b
+Examples:
+  sleepnb run mtssrl-table4 --scale smoke
+  sleepnb run sleepsmc-table3 --jobs 2
+  sleepnb run mtssrl-table4 --scale paper --backend dask --scheduler tcp://login1:8786 --yes''')
+def recipe(
+    name:Annotated[str, typer.Argument(metavar='RECIPE', help='A table, such as mtssrl-table4; sleepnb runs lists them.')],
+    scale:Annotated[_Scale, _scale]=_Scale.small,
+    out:Annotated[Path, _runs]=Path('runs'),
+    jobs:Annotated[int, typer.Option('--jobs', metavar='N', help='Trainings side by side; -1 is one per core.')]=1,
+    backend:Annotated[_Backend, typer.Option('--backend', help='loky: this machine; dask: a cluster.')]=_Backend.loky,
+    scheduler:Annotated[str|None, typer.Option('--scheduler', metavar='ADDRESS', help="Of Dask, such as tcp://login1:8786.")]=None,
+    retry:Annotated[bool, typer.Option('--retry', help='Try again what failed.')]=False,
+    yes:Annotated[bool, typer.Option('--yes', help='Do not ask, however long it takes.')]=False,
+    as_json:Annotated[bool, _json]=False,
+):
+    """Train what a table of the papers needs, and show ours beside what is printed.
+
+    What is done is not computed again; what was interrupted goes on when the same command is given again. At the scale paper,
+    DIR/stores must hold the datasets, as sleepnb prepare makes them: isruc-s1-mtssrl, sleep-edf-78-sleepsmc."""
+    from sleepnb.recipes import runs_of
+    wanted = runs_of(name, scale)
+    if there := unwritable(out):
+        raise SleepnbError('nothing can be written there', where=out, remedy='Name another folder: --out DIR.', found=str(there))
+    from sleepnb.runs import estimate_hours, is_done, run_recipe
+    todo = [r for r in wanted if not is_done(r, out)]
+    hours = estimate_hours(todo)
+    _say(f'{name} at the scale {scale}: {plural(len(wanted), "run")}, {len(wanted) - len(todo)} done; '
+         f'the others take about {hours:.1f} hours of a core')
+    if hours > 4 and not yes and not (sys.stdin.isatty() and typer.confirm('Begin?', err=True)):
+        raise SleepnbError('nothing was begun, for it would take more than four hours', remedy='Add --yes.')
+    table = run_recipe(name, scale, out, jobs=jobs, backend=backend, scheduler=scheduler, retry=retry)
+    typer.echo(table.to_json(orient='records') if as_json else _as_table(table))
+
+@app.command('runs')
+def recipes(
+    name:Annotated[str|None, typer.Argument(metavar='RECIPE', help='One table, run by run. Default: all tables.')]=None,
+    scale:Annotated[_Scale, _scale]=_Scale.small,
+    out:Annotated[Path, _runs]=Path('runs'),
+    as_json:Annotated[bool, _json]=False,
+):
+    """Say which runs of a recipe are done, stale, failed or missing.
+
+    A stale run was made by earlier code: it is kept, and trained again only if its folder is removed."""
+    from sleepnb.recipes import RECIPES, check_recipe
+    if name: check_recipe(name, scale)
+    from sleepnb.runs import recipe_status
+    found = {o: recipe_status(o, scale, out) for o in ([name] if name else RECIPES)}
+    if as_json:
+        typer.echo(json.dumps({o: dict(scale=scale, expected=len(t), **_states(t), runs=t.reset_index().to_dict('records'))
+                               for o,t in found.items()}))
+    elif name:
+        rows = [[id, r.task, r.data, str(r.seed), r.state, r.why] for id,r in found[name].iterrows()]
+        typer.echo(_table([['run', 'task', 'data', 'seed', 'state', ''], *rows]))
+    else:
+        rows = [[o, str(len(t)), *map(str, _states(t).values())] for o,t in found.items()]
+        typer.echo(_table([['recipe', 'expected', *_STATES], *rows], right=True))

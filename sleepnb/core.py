@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPOCH_SEC', 'UNSCORED', 'Stage', 'Modality', 'SleepnbError', 'RecordingError', 'MontageError', 'HypnogramError',
-           'StoreError', 'SplitError', 'WeightsError', 'seed_of', 'rng', 'write_whole', 'unwritable']
+           'StoreError', 'SplitError', 'WeightsError', 'plural', 'seed_of', 'rng', 'write_whole', 'unwritable']
 
 # %% ../nbs/000_core.ipynb #0dd0fea5
 import json
@@ -67,6 +67,14 @@ class HypnogramError(SleepnbError): "A hypnogram cannot be read, or does not fit
 class StoreError(SleepnbError): "A store of prepared nights is damaged, incomplete or of another kind."
 class SplitError(SleepnbError): "Subjects, folds or label budgets do not work out, or would leak."
 class WeightsError(SleepnbError): "A weights file is missing, damaged, older or for something else."
+
+# %% ../nbs/000_core.ipynb #be193d94
+def plural(
+    n:int,
+    what:str, # the word for one
+)->str:
+    "A number of things, in words that fit it."
+    return f'{n} {what}' + ('' if n == 1 else 's')
 
 # %% ../nbs/000_core.ipynb #48f2fbf7
 def seed_of(

@@ -103,7 +103,7 @@ def _prepare(
             raise SleepnbError('a simulated night could not be stored', where=out, found=next(iter(failed.values())))
     return stores
 
-# %% ../nbs/635_demo.ipynb #a0468fbe
+# %% ../nbs/635_demo.ipynb #7d22ca26
 def _claim(
     out:Path,
     facts:dict, # what makes this demonstration this one
@@ -112,7 +112,11 @@ def _claim(
     marker = out/'demo.json'
     out.mkdir(parents=True, exist_ok=True)
     if marker.exists():
-        found = json.loads(marker.read_text())
+        try: found = json.loads(marker.read_text())
+        except ValueError: found = None
+        if not isinstance(found, dict):
+            raise SleepnbError('this file is damaged', where=marker, expected='what a demonstration wrote',
+                               remedy='Name another folder, or delete this one.')
         if differ := [k for k in facts if found.get(k) != facts[k]]:
             raise SleepnbError('another demonstration is in this folder', where=out, remedy='Name another folder.',
                                expected=', '.join(f'{k} {facts[k]}' for k in differ),
@@ -170,7 +174,7 @@ def _train(
     _fit(supervised_learner(dls, backbone=dict(drop=0.), **how), passes, files['scratch'], f'From scratch {title}')
     return facts
 
-# %% ../nbs/635_demo.ipynb #c0624b14
+# %% ../nbs/635_demo.ipynb #049ec495
 METRICS = dict(macro_f1='macro-F1', kappa='κ', accuracy='accuracy') | {f'f1_{s.label}': f'F1 of {s.label}' for s in Stage}
 
 def _tested(
@@ -198,7 +202,8 @@ def _compare(
         | dict(difference=score_difference(first, tested['scratch']))
     rows = [dict(data=first.cohort.iloc[0], network=k, metric=m) | t.loc[m, ['value', 'low', 'high']].to_dict()
             for k,t in tables.items() for m in METRICS]
-    return pd.DataFrame(rows).assign(people=first.subject.nunique(), epochs=len(first))
+    made = pd.DataFrame(rows).assign(people=first.subject.nunique(), epochs=len(first))
+    return made if made.people[0] > 2 else made.assign(low=np.nan, high=np.nan)
 
 # %% ../nbs/635_demo.ipynb #6571f60a
 def _stage_real(
@@ -293,7 +298,7 @@ def _draw_confusions(
         ax.set_title(title, fontsize='medium')
     return fig
 
-# %% ../nbs/635_demo.ipynb #06fa8153
+# %% ../nbs/635_demo.ipynb #6da67fa4
 def _cell(row, sign=''): # a row of results, as text
     value = f'{row.value:{sign}.3f}'
     return (value if not np.isfinite(row.low) else f'{value} ({row.low:.3f} to {row.high:.3f})').replace('-', '−')
@@ -315,11 +320,12 @@ def verdict(
     high:float,
 )->str:
     "What an interval says about pretraining."
+    if np.isnan(low): return 'An interval cannot be computed for so few people: they do not tell whether pretraining helped.'
     if low > 0: return 'The interval lies above zero: for these people, pretraining helped.'
     if high < 0: return 'The interval lies below zero: for these people, pretraining did harm.'
     return 'The interval has zero within it: these people do not decide whether pretraining helped.'
 
-# %% ../nbs/635_demo.ipynb #3730f860
+# %% ../nbs/635_demo.ipynb #7a2cb34b
 def _intro(scale):
     return [_text('What sleepnb does, once and in small, on this machine. For research: sleepnb is not a medical device.'),
         _text('The nights of the cohorts S, I and A are simulated: nobody slept them. One night is real: recording SC4001E0 of',
@@ -343,8 +349,8 @@ def _on_training(out, scale, facts):
 def _on_people(tested, results):
     apart = results[(results.network == 'difference') & (results.metric == 'macro_f1')].iloc[0]
     return ['<h2>Simulated people whom neither network has seen</h2>',
-        _text(f'{apart.people} people of S, {apart.epochs} epochs. In brackets: 95 % intervals over people. The difference is',
-              f'"{NETWORKS["pretrained"]}" minus "{NETWORKS["scratch"]}".'),
+        _text(f'{apart.people} people of S, {apart.epochs} epochs. Brackets, if any, hold 95 % intervals over people.',
+              f'The difference is "{NETWORKS["pretrained"]}" minus "{NETWORKS["scratch"]}".'),
         _score_table(results),
         _text(f'In macro-F1 the difference is {_cell(apart, "+")}. {verdict(apart.low, apart.high)}',
               'This says nothing of other seeds, longer trainings or real nights.'),
@@ -366,6 +372,8 @@ _LEFT = [['weights.safetensors', 'the fine-tuned network; sleepnb stages with it
          ['scratch.safetensors', 'the network from scratch'], ['results.csv', 'all scores, with their intervals'],
          ['stages_….csv', 'the stages of the real night, by each network'],
          ['test_stages.csv', 'the stages of the simulated test people'],
+         ['….losses.json', 'the losses of each training, by step and by pass'],
+         ['demo.json', 'what this demonstration is; with it, an interrupted one goes on'],
          ['stores', 'the simulated nights, prepared; they may be deleted']]
 
 def _report(out, scale, seed, facts, tested, nights, about, results):

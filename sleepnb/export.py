@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../nbs/605_export.ipynb #eab2457a
+# %% ../nbs/605_export.ipynb #941e7b7c
 import json
 import warnings
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from . import __version__
-from .core import EPOCH_SEC, MontageError, SleepnbError, Stage, write_whole
+from .core import EPOCH_SEC, MontageError, SleepnbError, Stage, unwritable, write_whole
 from .data.preprocess import FS
 from .models.layers import ConvBlock
 from .montage import parse_channel
@@ -146,7 +146,7 @@ def _traced(
         o.ClearField('metadata_props')                                          # has paths of this machine
     return made
 
-# %% ../nbs/605_export.ipynb #90b3eff4
+# %% ../nbs/605_export.ipynb #16da82ce
 def _metadata(
     stager:Stager,
     of:dict[str, list[int]], # modality → numbers of its channels
@@ -170,11 +170,16 @@ def export_onnx(
 )->Path:
     """Writes the network of a stager as an ONNX file, whole or not at all.
 
-    Raises `SleepnbError` when the extra `onnx` is not installed or torch cannot write the network, and `MontageError` for
-    channels that the network cannot take."""
-    path,(onnx,onnxruntime) = Path(path).expanduser(), _extra()
+    Raises `SleepnbError` when nothing can be written there, the extra `onnx` is not installed or torch cannot write the
+    network, and `MontageError` for channels that the network cannot take."""
+    path = Path(path).expanduser()
     if path.suffix != '.onnx' or path.is_dir():
-        raise SleepnbError('this cannot be the name of an ONNX file', where=path, expected='a file such as stager.onnx')
+        raise SleepnbError('this cannot be the name of an ONNX file', where=path, expected='a file such as stager.onnx',
+                           found='a folder' if path.is_dir() else f'the ending {path.suffix!r}')
+    if there := unwritable(path.parent):
+        raise SleepnbError('nothing can be written there', where=path, remedy='Name another folder.',
+                           found=f'{there} is {"write-protected" if there.is_dir() else "a file"}')
+    onnx,onnxruntime = _extra()
     stager = weights if isinstance(weights, Stager) else Stager.load(weights)
     names,cohort = _montage(stager, channels, modalities)
     inputs = _examples(len(names) + 2, len(names))

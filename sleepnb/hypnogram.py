@@ -6,7 +6,7 @@
 __all__ = ['TRANSITIONS', 'sleep_statistics', 'transition_matrix', 'bouts', 'known_prob', 'smooth_stages', 'stage_table',
            'stage_annotations', 'write_file', 'write_stages']
 
-# %% ../nbs/580_hypnogram.ipynb #26467bd4
+# %% ../nbs/580_hypnogram.ipynb #6c2287fb
 import json
 from datetime import datetime, timezone
 from io import BytesIO
@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from edfio import Edf, EdfAnnotation, Recording
 
-from .core import EPOCH_SEC, UNSCORED, HypnogramError, SleepnbError, Stage, write_whole
-from .data.psg import STAGED
+from .core import EPOCH_SEC, UNSCORED, HypnogramError, SleepnbError, Stage, plural, write_whole
+from .data.psg import STAGED, is_staging
 from .metrics import check_prob, check_stages
 
 # %% ../nbs/580_hypnogram.ipynb #a1c1db2d
@@ -121,13 +121,13 @@ def smooth_stages(
     for e in range(len(emitted) - 1, 0, -1): path[e-1] = came[e, path[e]]
     return np.where(there, path, UNSCORED).astype(np.int8)
 
-# %% ../nbs/580_hypnogram.ipynb #e8c9cf7a
+# %% ../nbs/580_hypnogram.ipynb #b37edded
 def _check_epoch(
     codes:np.ndarray, # `(epochs,)`
     **columns,        # name → one value or row per epoch, or `None`
 ):
     if wrong := {k: len(v) for k,v in columns.items() if v is not None and len(v) != len(codes)}:
-        raise SleepnbError('stages and what belongs to them differ in length', expected=f'{len(codes)} epochs',
+        raise SleepnbError('stages and what belongs to them differ in length', expected=plural(len(codes), 'epoch'),
                            found=', '.join(f'{k} of {n}' for k,n in wrong.items()))
 
 def stage_table(
@@ -172,8 +172,9 @@ def write_file(
         raise SleepnbError('the file cannot be written', where=path, found=error.strerror,
                            remedy='Name another place, or ask for the right to write there.') from error
 
-# %% ../nbs/580_hypnogram.ipynb #01b0e930
+# %% ../nbs/580_hypnogram.ipynb #7edb5c80
 _SIDECAR = {
+    'GeneratedBy': [dict(Name=STAGED)],
     'onset': dict(Description='Start of the epoch, from the start of the recording', Units='s'),
     'duration': dict(Description='Length of the epoch', Units='s'),
     'trial_type': dict(LongName='Sleep stage', Description='Stage of the epoch, as in the AASM manual',
@@ -193,7 +194,7 @@ def _edf_bytes(
     Edf([], annotations=notes, recording=who, starttime=start and start.time()).write(made)
     return made.getvalue()
 
-# %% ../nbs/580_hypnogram.ipynb #3403bf29
+# %% ../nbs/580_hypnogram.ipynb #0971b071
 def write_stages(
     path:str|Path,            # ends in `.csv`, `.tsv`, `_events.tsv` or `.edf`
     stages,                   # stage codes, `(epochs,)`; −1 for unscored
@@ -211,7 +212,10 @@ def write_stages(
     kind = path.suffix.casefold()
     if kind == '.edf': write_file(path, _edf_bytes(stages, start, epoch_sec, onset))
     elif kind == '.tsv' and path.stem.endswith('_events'):
-        write_file(path.with_suffix('.json'), json.dumps(_SIDECAR, indent=1).encode())
+        if (sidecar := path.with_suffix('.json')).is_file() and not is_staging(sidecar):
+            raise SleepnbError('this sidecar is there already, and was not written by sleepnb', where=sidecar,
+                               remedy='Name another place.')
+        write_file(sidecar, json.dumps(_SIDECAR, indent=1).encode())
         events = table[['onset', 'duration', 'stage']].rename(columns=dict(stage='trial_type'))
         write_file(path, events.to_csv(sep='\t', index=False, lineterminator='\n').encode())
     elif kind in ('.csv', '.tsv'):

@@ -6,7 +6,7 @@
 __all__ = ['STAGE_COLORS', 'plot_hypnogram', 'plot_hypnodensity', 'plot_spectrogram', 'plot_confusion', 'plot_class_bars',
            'plot_embedding']
 
-# %% ../nbs/590_plots.ipynb #0421c9cd
+# %% ../nbs/590_plots.ipynb #2063535e
 from datetime import datetime
 
 import matplotlib.dates as mdates
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.signal.windows import dpss
 
-from .core import EPOCH_SEC, UNSCORED, HypnogramError, SleepnbError, Stage
+from .core import EPOCH_SEC, UNSCORED, HypnogramError, SleepnbError, Stage, plural
 from .hypnogram import known_prob
 from .metrics import agreement, check_stages, confusion
 
@@ -52,7 +52,7 @@ def _time_axis(ax, edges, start, epoch_sec):
         ax.set_xlabel('time of day')
     if len(ax.get_shared_x_axes().get_siblings(ax)) > 1 and ax.get_subplotspec(): ax.label_outer()
 
-# %% ../nbs/590_plots.ipynb #5c5de284
+# %% ../nbs/590_plots.ipynb #0dd87250
 _ROW = {stage: row for row,stage in enumerate(_FROM_TOP)}
 
 def _rows(codes): # stage codes → rows from the top, nan for unscored
@@ -98,8 +98,8 @@ def _draw_reference(ax, codes, reference, edges):
               label='differs')
     if conf.sum():
         scores = agreement(conf)
-        ax.set_title(f'agrees with the reference in {scores["accuracy"]:.0%} of {conf.sum()} epochs, κ {scores["kappa"]:.2f}',
-                     fontsize='medium', loc='right')
+        said = f'{scores["accuracy"]:.0%} of {plural(conf.sum(), "epoch")}, κ {scores["kappa"]:.2f}'
+        ax.set_title(f'agrees with the reference in {said}', fontsize='medium', loc='right')
 
 # %% ../nbs/590_plots.ipynb #a6ae9166
 def plot_hypnodensity(

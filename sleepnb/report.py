@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['html_table', 'write_report']
 
-# %% ../nbs/630_report.ipynb #07be64ac
+# %% ../nbs/630_report.ipynb #c75b6eac
 import re
 from collections import Counter
 from datetime import timedelta
@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from . import __version__
-from .core import Modality, RecordingError, SleepnbError, Stage
+from .core import Modality, RecordingError, SleepnbError, Stage, plural
 from .data.psg import Night
 from .hypnogram import write_file
 from .metrics import agreement, confusion
@@ -46,7 +46,7 @@ def _svg(
     svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r'(\.\d)\d+', r'\1', m[0]), svg)      # a tenth of a point is enough
     return f'<svg role="img" aria-label="{escape(label)}"' + svg
 
-# %% ../nbs/630_report.ipynb #a255bc6a
+# %% ../nbs/630_report.ipynb #0b9e66a2
 def _spectrogram_of(
     staging:Staging,
     recording,                # as for `write_report`
@@ -56,10 +56,12 @@ def _spectrogram_of(
     used = staging.channels[staging.channels.used].sort_values('epochs_good', ascending=False, kind='stable')
     names = [n for m in (Modality.EEG, Modality.EOG) for n in used.channel[used.modality == m]]
     if not names: return None
-    source,n = open_source(recording, unit)[0], len(staging.stages)
-    if source.duration < staging.onset + n*staging.epoch_sec - 1 or source.start != staging.start:
+    (source,name),n = open_source(recording, unit), len(staging.stages)
+    held = int((source.duration - staging.onset + 1e-3) // staging.epoch_sec)
+    if (held, name, source.start) != (n, staging.name, staging.start):
         raise RecordingError('this is not the recording that was staged', where=source.where,
-            expected=f'{n} epochs, from {staging.start}', found=f'{source.duration:g} s, from {source.start}')
+            expected=f'{plural(n, "epoch")} of {staging.name}, start {staging.start}',
+            found=f'{held} of {name}, start {source.start}', remedy='Give that one, or none.')
     terms = resolve_montage(source.names, names[:1], aliases, source.where).derivations[0].terms
     x,fs = read_terms(source, terms, {}, (staging.onset, n))
     words,per = signal_quality(x, fs, n_epochs=n), round(staging.epoch_sec * fs)
@@ -122,11 +124,11 @@ def _statistics(
             + html_table(['stage', 'minutes', '% of TST', 'latency, min'], stages, 'numbers')
             + '<p>Latencies count from the start of what was staged.</p>')
 
-# %% ../nbs/630_report.ipynb #a135ee9e
+# %% ../nbs/630_report.ipynb #18ec6207
 def _channels(staging:Staging)->str:
     n,bad = len(staging.stages), Counter(q for q in staging.quality.tolist() if q != 'good')
-    text = f'All {n} epochs were staged.' if not bad else (f'{bad.total()} of {n} epochs have no good channel, and no stage: '
-        + escape(', '.join(f'{k} {q}' for q,k in bad.items())) + '.')
+    text = 'Every epoch was staged.' if not bad else (f'Without a good channel, and without a stage: {bad.total()} of '
+        f'{plural(n, "epoch")} (' + escape(', '.join(f'{k} {q}' for q,k in bad.items())) + ').')
     used,rest = (staging.channels[staging.channels.used == o] for o in (True, False))
     def words(row): return ', '.join(f'{k} {q}' for q in QUALITIES if (k := row[f'epochs_{q}']))
     rows = [(r.channel, r.modality, r.details, words(r)) for _,r in used.iterrows()]
@@ -134,7 +136,7 @@ def _channels(staging:Staging)->str:
     return (f'<p>{text} A channel counts only in epochs in which it is good.</p>'
             + html_table(['used', 'measures', 'from', 'epochs'], rows) + left * bool(len(rest)))
 
-# %% ../nbs/630_report.ipynb #f7fc0ebb
+# %% ../nbs/630_report.ipynb #7bd4d013
 def _agreement(staging:Staging)->str:
     conf = confusion(staging.reference, staging.stages)
     if not conf.sum(): return '<p>No epoch has a stage here and one of the scorer.</p>'
@@ -145,7 +147,7 @@ def _agreement(staging:Staging)->str:
     picture = _svg(lambda fig: plot_confusion(conf, fig.subplots()), (4, 3.6), 10, 'Confusion matrix')
     table = html_table(['stage', 'F1', 'epochs of the scorer', 'epochs here'], rows, 'numbers')
     caption = 'Epochs, and their share of the scorer’s stage (true).'
-    return (f'<p>{text}, over {conf.sum()} epochs.</p>{table}'
+    return (f'<p>{text}, over {plural(conf.sum(), "epoch")}.</p>{table}'
             f'<figure class="small">{picture}<figcaption>{caption}</figcaption></figure>')
 
 # %% ../nbs/630_report.ipynb #0a1f50ca
@@ -172,12 +174,12 @@ dt { color: var(--soft) } dd { margin: 0 }
 '''
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-# %% ../nbs/630_report.ipynb #b50244ab
+# %% ../nbs/630_report.ipynb #dbfa66f6
 def _facts(staging:Staging)->str:
     n,used = len(staging.stages), staging.channels[staging.channels.used]
     hours,minutes = divmod(n * staging.epoch_sec / 60, 60)
     facts = {'Recording': staging.name, 'Start': staging.start and f'{staging.start:%Y-%m-%d %H:%M:%S}' or 'not known',
-             'Staged': f'{n} epochs of {staging.epoch_sec:g} s, {hours:.0f} h {minutes:g} min'
+             'Staged': f'{plural(n, "epoch")} of {staging.epoch_sec:g} s, {hours:.0f} h {minutes:g} min'
                        + (f', from {staging.onset:g} s after the start' if staging.onset else ''),
              'Channels': '; '.join(f'{m}: {", ".join(used.channel[used.modality == m])}' for m in staging.modalities),
              'Weights': staging.weights or 'not named',

@@ -6,7 +6,7 @@
 __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WHITE_RATIO', 'MAINS_SHARE', 'BATCH', 'LONG_HOURS',
            'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'signal_quality', 'open_source', 'read_terms', 'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #abc783b6
+# %% ../nbs/600_stager.ipynb #d08fc984
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .core import (EPOCH_SEC, UNSCORED, HypnogramError, Modality, MontageError, RecordingError, SleepnbError, Stage,
-                          WeightsError)
+                          WeightsError, plural)
 from .data.preprocess import FS, filter_resample, hold, robust_stats, to_epochs
 from .data.psg import (AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram, stages_of,
                               usable_names, with_unusable)
@@ -405,7 +405,7 @@ def _find_night(
     found = start + (np.flatnonzero(likely) if likely.any() else np.arange(n // 4))
     return slice(max(0, 4*int(found[0]) - margin), 4*int(found[-1]) + 4 + margin)
 
-# %% ../nbs/600_stager.ipynb #506ef1d9
+# %% ../nbs/600_stager.ipynb #8e511f12
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -480,15 +480,15 @@ class Staging:
     def __repr__(self):
         n,used = len(self.stages), self.channels[self.channels.used]
         minutes = n * self.epoch_sec / 60
-        lines = [f'{self.name}: {n} epochs, {minutes // 60:.0f} h {minutes % 60:g} min, staged by {self.weights}']
+        lines = [f'{self.name}: {plural(n, "epoch")}, {minutes // 60:.0f} h {minutes % 60:g} min, staged by {self.weights}']
         lines += [f'  {m}  {", ".join(used.channel[used.modality == m])}' for m in self.modalities]
         lines.append('  ' + ', '.join(f'{s.label} {(self.stages == s).sum() * self.epoch_sec/60:g} min' for s in Stage))
         bad = Counter(q for q in self.quality.tolist() if q != 'good')
-        if bad: lines.append(f'  not staged: {", ".join(f"{k} epochs {q}" for q,k in bad.items())}')
+        if bad: lines.append('  not staged: ' + ', '.join(f'{plural(k, "epoch")} {q}' for q,k in bad.items()))
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #f7fc9bc2
+# %% ../nbs/600_stager.ipynb #baa90d3d
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -509,14 +509,15 @@ def _table(
     codes:np.ndarray,     # `(epochs, channels)`, places in `QUALITIES`
     modalities:tuple,     # that the network takes
 )->pd.DataFrame:
-    rows = []
+    rows,there = [], {d.got.modality for d in found.derivations}
     for d,of in zip(found.derivations, codes.T):
         counts = dict(zip(_COUNTED, np.bincount(of, minlength=len(QUALITIES)).tolist()))
         rows.append(dict(channel=d.got.name, modality=str(d.got.modality), used=True, details=d.details) | counts)
     for i,why in found.unused.items():
         c = found.recorded[i]
         if why == 'not asked for':
-            why = 'others were preferred' if c.modality in modalities else 'the network does not take it'
+            why = ('the network does not take it' if c.modality not in modalities else 'others were preferred'
+                   if c.modality in there else f'staged with {", ".join(m for m in modalities if m in there)} alone')
         rows.append(dict(channel=c.recorded, modality=str(c.modality), used=False, details=why))
     return pd.DataFrame(rows).reindex(columns=['channel', 'modality', 'used', 'details', *_COUNTED]).astype(
         {c: 'Int64' for c in _COUNTED})

@@ -15,7 +15,7 @@ from sklearn.metrics import cohen_kappa_score, confusion_matrix, f1_score
 import sleepnb
 from sleepnb import cli
 from sleepnb.callbacks import TerminalProgress
-from sleepnb.core import HypnogramError, RecordingError, Stage
+from sleepnb.core import HypnogramError, RecordingError, SleepnbError, Stage
 from sleepnb.data.loaders import labelled_loaders
 from sleepnb.data.psg import describe, find_hypnogram, read_night, sample_files
 from sleepnb.data.splits import Split
@@ -57,7 +57,7 @@ def test_simulate_writes_a_cohort_and_goes_on(tmp_path):
     for subjects in (1, 2):
         done = run('simulate', 'sleep-edf', tmp_path/'made', '--subjects', subjects, '--nights', 1, '--hours', .1, '--seed', 7, '--jobs', 1)
         assert done.returncode == 0 and len(list((tmp_path/'made').glob('*PSG.edf'))) == subjects
-        assert done.stdout.startswith(f'{subjects} simulated nights in the layout of sleep-edf are in') and str(tmp_path/'made') in done.stdout
+        assert done.stdout.startswith(f'{tmp_path/"made"}: {subjects} simulated night{"s" * (subjects > 1)} in the layout of sleep-edf')
     assert 'simulating' not in done.stderr                                # a bar is for terminals
     assert '"seed": 7' in (tmp_path/'made'/'simulated.json').read_text()
 
@@ -171,7 +171,7 @@ def test_info_of_what_staging_cannot_use(tmp_path):
     done = call('info', edf)
     assert done.returncode == 0 and done.stdout.count('not used') == 3
 
-@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['pretrain', '--help'], ['stage', '--help'], ['train', 'sleepsmc', '--help'], ['export', '--help'],
+@pytest.mark.parametrize('args', [['--help'], ['demo', '--help'], ['pretrain', '--help'], ['stage', '--help'], ['train', 'sleepsmc', '--help'], ['export', '--help'], ['run', '--help'],
                                   ['info', str(sample_files()[0])]], ids=lambda a: a[0])
 def test_quick_commands_load_nothing_that_takes_long(args):
     heavy = ['torch', 'fastai', 'mne', 'scipy', 'sklearn', 'matplotlib']
@@ -181,7 +181,7 @@ def test_quick_commands_load_nothing_that_takes_long(args):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]', done.stderr
 
 @pytest.mark.parametrize('command', ['demo', 'info', 'prepare', 'pretrain', 'finetune', 'train supervised', 'train sleepsmc', 'train featurenet',
-                                     'evaluate', 'stage', 'export'])
+                                     'evaluate', 'stage', 'export', 'run'])
 def test_help_teaches_by_examples(command):
     done = call(*command.split(), '--help')
     assert done.returncode == 0 and f'  sleepnb {command} ' in done.stdout
@@ -228,6 +228,16 @@ def test_a_folder_of_ones_own(tmp_path):
     store = EpochStore(tmp_path/'store')
     assert (store.cohort, store.channels, sorted(set(store.nights.subject))) == ('naps', ('C3', 'E1'), ['anna', 'bo'])
     assert store.stages.tolist() == [0, 1, 2]*3
+
+def test_a_folder_whose_channels_have_names_of_their_own(tmp_path):
+    for seed,who in enumerate(('anna', 'bo')):
+        write_edf(tmp_path/'mine'/f'{who}.edf', ['one', 'two'], seed=seed)
+        (tmp_path/'mine'/f'{who}.txt').write_text('W\nN1\nN2\n')
+    command = 'prepare', 'folder', tmp_path/'mine', '--store', tmp_path/'store'
+    done = call(*command)
+    assert done.returncode == 2 and 'Say what they are: --alias "its name=C3-M2".' in done.stderr and not (tmp_path/'store').exists()
+    assert call(*command, '--alias', 'one=C3-M2', '--alias', 'two=E1-M2').returncode == 0
+    assert EpochStore(tmp_path/'store').channels == ('C3-M2', 'E1-M2')
 
 # Training
 
@@ -412,7 +422,7 @@ def shelf(tmp_path_factory):
     (folder/'cut.safetensors').write_bytes((folder/'toy.safetensors').read_bytes()[:-100])
     (folder/'cut.edf').write_bytes((folder/'night.edf').read_bytes()[:-1000])
     (folder/'empty.edf').write_bytes(b'')
-    (folder/'taken').mkdir()
+    (folder/'taken'/'night_report.html').mkdir(parents=True)
     texts = {'text.edf': 'This is a text.', 'text.safetensors': 'This is a text.', 'words.csv': 'onset,duration,stage\n0,30,dream\n',
              'late.csv': 'onset,duration,stage\n90000,30,W\n', 'numbers.txt': '0\n1\n2\n', 'scorers.csv': 'onset,duration,anna,bo\n0,30,W,N1\n',
              'taken/night_stages.csv': 'onset,duration,stage\n0,90,W\n', 'scored.csv': 'onset,duration,stage\n0,60,N2\n60,30,W\n'}
@@ -492,6 +502,29 @@ def test_info_and_stage_read_the_same_stages(shelf, tmp_path):
 def test_stage_in_other_formats(shelf, tmp_path, kind, name):
     for _ in range(2): assert stage(shelf, '@night.edf', '--format', kind, '--out', tmp_path).returncode == 0
     assert {p.name for p in tmp_path.iterdir()} == {name, name.replace('.tsv', '.json') if kind == 'bids' else name}
+
+@pytest.mark.parametrize('theirs', ['night_desc-stages_events.tsv', 'night_desc-stages_events.json'])
+def test_bids_events_of_somebody_else_are_kept(shelf, tmp_path, monkeypatch, theirs):
+    (tmp_path/theirs).write_text('onset\tduration\ttrial_type\n0\t30\tW\n')
+    monkeypatch.setattr(Stager, 'stage', lambda *args, **how: pytest.fail('it was staged'))
+    done = stage(shelf, '@night.edf', '--format', 'bids', '--out', tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and [p.name for p in tmp_path.iterdir()] == [theirs]
+    assert f'{theirs}: this is there already, and was not written by sleepnb. Name another folder' in done.stderr
+
+def test_stages_are_told_when_their_report_fails(shelf, tmp_path, monkeypatch):
+    def full(path, content): raise SleepnbError('the file cannot be written', where=path, found='No space left on device')
+    monkeypatch.setattr('sleepnb.report.write_file', full)
+    done = stage(shelf, '@night.edf', '--out', tmp_path, '--report')
+    assert done.returncode == 1 and f'written: {tmp_path/"night_stages.csv"}\n' in done.stdout and (tmp_path/'night_stages.csv').is_file()
+    assert len(done.stderr.splitlines()) == 1 and f'the stages are in {tmp_path/"night_stages.csv"}, but the report failed: ' in done.stderr
+    assert 'night_report.html: the file cannot be written' in done.stderr
+
+def test_one_is_no_plural(shelf, tmp_path):
+    write_edf(tmp_path/'one.edf', seconds=30)
+    (tmp_path/'one.csv').write_text('onset,duration,stage\n0,30,W\n')
+    for args in (('info', tmp_path/'one.edf'), ('stage', tmp_path/'one.edf', '--out', tmp_path, '--report', '--weights', shelf/'toy.safetensors')):
+        assert '1 epoch' in (said := call(*args).stdout) and '1 epochs' not in said
+    assert '1 epochs' not in (tmp_path/'one_report.html').read_text()
 
 def test_stage_with_names_and_choices_of_ones_own(shelf, tmp_path):
     done = stage(shelf, '@lab.edf', '--alias', 'one=C3-M2', '--alias', 'two=E1-M2', '--out', tmp_path, '--report', '--smooth', '--json')
@@ -581,9 +614,10 @@ STAGE_WRONG = { # why → what follows `sleepnb stage`; --weights are added
     'for example --column "scorer_1".': ['@night.edf', '--hypnogram', '@scorers.csv', *NEW],
     'this vocabulary is not known': ['@night.edf', '--hypnogram', '@numbers.txt', '--vocabulary', 'mine', *NEW],
     'one hypnogram belongs to one recording': ['@night.edf', '@other.edf', '--hypnogram', '@scored.csv', *NEW],
+    'taken/night_report.html: this is there already': ['@night.edf', '--out', '@taken', '--report', '--format', 'edf'],
     'two recordings would be written to the same file': ['@night.edf', '@deep/night.edf', *NEW],
     'night.edf and': ['@night.edf', '@night.edf', *NEW],
-    'this file is there already, and was not written by sleepnb': ['@night.edf', '--out', '@taken']}
+    'this is there already, and was not written by sleepnb': ['@night.edf', '--out', '@taken']}
 
 @pytest.mark.parametrize('why', STAGE_WRONG)
 def test_wrong_uses_of_stage_are_told_in_one_line_and_leave_nothing(why, shelf, monkeypatch):
@@ -667,6 +701,7 @@ WRONG = { # why → command; @ is the folder of the files
     'this folder is not empty, and no store': ['prepare', *FILES, '@mine'],
     'this store was prepared differently': ['prepare', *FILES, ISRUC, '--recipe', 'stager'],
     'this dataset takes no such option (found --ending)': ['prepare', *FILES, '@new', '--ending', '.txt'],
+    'takes no such option (found --alias)': ['prepare', *FILES, '@new', '--alias', 'X9=Chin'],
     'jobs is a number of processes': ['prepare', *FILES, '@new', '--jobs', '0'],
     'several files could be the hypnogram': ['prepare', 'folder', *FILES[1:], '@new'],
     "Missing option '--out'": ['pretrain', ISRUC],

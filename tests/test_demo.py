@@ -9,6 +9,7 @@ from edfio import read_edf
 from sklearn.metrics import cohen_kappa_score, f1_score
 
 from sleepnb import demo
+from sleepnb.core import SleepnbError
 from sleepnb.data.psg import sample_files
 from sleepnb.stager import Stager
 from sleepnb.weights import read_description
@@ -126,8 +127,27 @@ def test_a_folder_with_other_things_is_refused(whole, tmp_path):
     assert not (tmp_path/'new').exists() and [p.name for p in (tmp_path/'mine').iterdir()] == ['letter.txt']
 
 @pytest.mark.parametrize('low,high,what', [(.01, .1, ': for these people, pretraining helped.'), (-.1, -.01, 'did harm.'),
-                                           (-.1, .1, 'do not decide whether pretraining helped.')])
+                                           (-.1, .1, 'do not decide whether pretraining helped.'),
+                                           (np.nan, np.nan, 'do not tell whether pretraining helped.')])
 def test_the_sentence_about_pretraining_follows_from_the_interval(low, high, what): assert demo.verdict(low, high).endswith(what)
+
+def test_two_people_make_no_interval(whole):
+    assert pd.read_csv(whole[0]/'results.csv')[['low', 'high']].isna().all(axis=None)
+    assert 'An interval cannot be computed for so few people' in (text := (whole[0]/'report.html').read_text()) and 'do not decide' not in text
+    epochs = [pd.DataFrame(dict(cohort='S', subject=s, night=1, epoch=range(5), stage=range(5), pred=[(i + (i == s)) % 5 for i in range(5)])) for s in range(3)]
+    def low(n): return demo._compare(dict.fromkeys(('pretrained', 'scratch'), pd.concat(epochs[:n]))).low
+    assert low(2).isna().all() and low(3).notna().all()
+
+def test_the_report_names_all_that_lies_beside_it(whole):
+    named = [row[0].replace('…', '*') for row in demo._LEFT]
+    assert [p.name for p in whole[0].iterdir() if p.name != 'report.html' and not any(p.match(n) for n in named)] == []
+    assert all(any(whole[0].glob(n)) for n in named)
+
+@pytest.mark.parametrize('damage', ['{"scale"', '[]', ''])
+def test_a_damaged_marker_is_told(tmp_path, damage):
+    (tmp_path/'demo.json').write_text(damage)
+    with pytest.raises(SleepnbError, match=r'demo.json: this file is damaged .* Name another folder'): demo.run_demo(tmp_path, 'smoke')
+    assert [p.name for p in tmp_path.iterdir()] == ['demo.json']
 
 def test_another_seed_is_another_demonstration(tmp_path, whole):
     other = demo.run_demo(tmp_path/'made', 'smoke', seed=1)

@@ -115,6 +115,16 @@ def test_a_network_that_torch_cannot_write(stager, tmp_path, monkeypatch):
     with pytest.raises(SleepnbError, match='torch cannot write this network as ONNX .*no such operator'): export_onnx(stager, tmp_path/'x.onnx')
     assert not [*tmp_path.iterdir()]
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stager, 'load', lambda *args: pytest.fail('weights were loaded'))
+    (tmp_path/'file').write_text('')
+    (tmp_path/'folder.onnx').mkdir()
+    for path,why in ((tmp_path/'file'/'x.onnx', 'file is a file'), (tmp_path/'folder.onnx', 'found a folder')):
+        with pytest.raises(SleepnbError, match=why): export_onnx(tmp_path/'none.safetensors', path)
+    monkeypatch.setattr('os.access', lambda *args: False)                       # root may write anywhere
+    with pytest.raises(SleepnbError, match='is write-protected'): export_onnx(tmp_path/'none.safetensors', tmp_path/'new'/'x.onnx')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder.onnx']
+
 def test_channels_that_do_not_fit(stager, tmp_path, traced):
     cam = Stager(SleepSMC(dict(home=HOME), TWO, None, 'cam'))
     for s,channels,why in ((stager, ['E1-M2'], 'lacks channels'), (cam, ['Fpz-Cz', 'Fpz-Cz'], 'asked for once'), (cam, ['Fpz-Cz', 'ECG'], 'cannot take these'),

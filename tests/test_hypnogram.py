@@ -10,7 +10,7 @@ from edfio import read_edf
 from hypothesis import given, settings, strategies as st
 
 from sleepnb.core import HypnogramError, SleepnbError, Stage
-from sleepnb.data.psg import align, find_hypnogram, read_hypnogram, read_night, sample_files
+from sleepnb.data.psg import align, find_hypnogram, is_staging, read_hypnogram, read_night, sample_files
 from sleepnb.hypnogram import TRANSITIONS, bouts, sleep_statistics, smooth_stages, stage_annotations, stage_table, transition_matrix, write_stages
 
 START = datetime.datetime(2021, 3, 4, 22, 59, 30)
@@ -132,8 +132,18 @@ def test_tables_hold_what_they_are_given(tmp_path):
 def test_bids_events_have_a_sidecar_that_explains_all_of_them(tmp_path):
     path = write_stages(tmp_path/'eeg'/'sub-01_task-sleep_events.tsv', STAGES)
     table,sidecar = pd.read_csv(path, sep='\t'), json.loads(path.with_suffix('.json').read_text())
-    assert list(table) == ['onset', 'duration', 'trial_type'] == list(sidecar)
+    assert list(table) == ['onset', 'duration', 'trial_type'] == [k for k in sidecar if k != 'GeneratedBy']
     assert set(table.trial_type) == set(sidecar['trial_type']['Levels'])
+
+def test_a_sidecar_of_somebody_else_stays_and_a_scorers_events_are_a_hypnogram(tmp_path):
+    for _ in range(2): write_stages(own := tmp_path/'own_events.tsv', STAGES)
+    (theirs := tmp_path/'night_desc-stages_events.tsv').write_text('onset\tduration\ttrial_type\n0\t30\tW\n')
+    assert is_staging(own) and is_staging(own.with_suffix('.json')) and not is_staging(theirs)
+    (sidecar := theirs.with_suffix('.json')).write_text('{"trial_type": {"Description": "by Anna"}}')
+    assert not is_staging(theirs) and not is_staging(sidecar) and find_hypnogram(tmp_path/'night.edf') == theirs
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(SleepnbError, match='not written by sleepnb'): write_stages(theirs, STAGES)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 def test_edf_is_what_mne_and_viewers_read(tmp_path):
     path = write_stages(tmp_path/'a.edf', STAGES, start=START, onset=15)
@@ -183,6 +193,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
                        (tmp_path/'a.xlsx', 'ending'), (tmp_path/'a', 'ending')):
         with pytest.raises(SleepnbError, match=words): write_stages(path, [0, 1])
     with pytest.raises(HypnogramError, match='no epoch'): write_stages(tmp_path/'a.csv', [])
+    with pytest.raises(SleepnbError, match=r'expected 1 epoch; found quality of 2'): stage_table([0], quality=['good']*2)
     with pytest.raises(SleepnbError, match='prob of 3'): write_stages(tmp_path/'a.csv', [0, 1], np.full((3, 5), .2))
     with pytest.raises(SleepnbError, match='no probabilities'): write_stages(tmp_path/'a.csv', [0, 1], np.ones((2, 5)))
     with pytest.raises(SleepnbError, match='no such year.*1985 to 2084; found 1970'):

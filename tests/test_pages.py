@@ -105,6 +105,11 @@ def test_pages_were_run_since_their_code_changed_and_take_seconds(page):
     assert noted['seconds'] <= 10, f'{page.name} takes {noted["seconds"]} s beyond its imports'
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_stored_outputs_name_no_place_of_a_machine(page):
+    said = [''.join(o.get('text', o.get('data', {}).get('text/plain', []))) for c in read_nb(page).cells if c.cell_type == 'code' for o in c.outputs]
+    assert not [s for s in said if re.search(r'(?<!\w)/(tmp|root|home|work|Users|var/folders)/', s)]
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
 def test_import_cells_hold_nothing_else(page):
     "They also run when the site is built."
     run_nbs = tool('run_nbs')

@@ -81,7 +81,7 @@ def test_every_number(staging, tmp_path):
     for label,name in dict(N1='N1', N2='N2', N3='N3', R='REM').items():
         assert [float(v) for v in rows[label]] == pytest.approx([expected[name], expected[f'%{name}'], expected[f'Lat_{name}']], abs=.0501)
     assert rows['unscored'] == ['3.0', '–', '–'] and rows['W'] == [str(expected['WAKE']), '–', '–']
-    assert '6 of 40 epochs have no good channel, and no stage: 6 flat.' in ' '.join(read.texts)
+    assert 'Without a good channel, and without a stage: 6 of 40 epochs (6 flat).' in ' '.join(read.texts)
 
 @pytest.mark.parametrize('change', [dict(start=None), dict(start=datetime(2020, 1, 1, 22, tzinfo=timezone.utc)), dict(onset=12.5),
     dict(reference=np.full(40, -1, np.int8)), dict(reference=np.full(40, 2, np.int8)), dict(smoothed=True), dict(weights='', name=''),
@@ -96,7 +96,7 @@ def test_odd_nights(staging, tmp_path, change):
 
 def test_one_epoch(staging, tmp_path):
     one = replace(staging, stages=STAGES[:1], prob=staging.prob[:1], quality=staging.quality[:1])
-    assert '1 epochs of 30 s' in ' '.join(Reader(write_report(one, tmp_path/'a.html')).texts)
+    assert '1 epoch of 30 s' in ' '.join(Reader(write_report(one, tmp_path/'a.html')).texts)
 
 EVIL = ['<script src=//x.example></script>', '"><img src=//x.example onerror=alert(1)>', "' onload='x", '&lt;b&gt;', '</style><style>@import "//x"',
         '<!-- ', '$\\frac{1$', 'a\x00b\x1b', '\udcff', '\u202emirror', 'x'*3000]
@@ -122,13 +122,19 @@ def test_without_eeg_there_may_be_eyes_or_nothing_to_draw(staging, x, tmp_path):
 def test_names_of_its_own_and_a_raw(staging, x, tmp_path):
     raw = mne.io.RawArray(x.astype(float), mne.create_info(['one', 'two'], 100, 'eeg'), verbose='error')
     raw.set_meas_date(datetime(2020, 1, 1, 22, tzinfo=timezone.utc))
-    aliases = dict(one='C3-M2', two='E1-E2')
+    aliases,staging = dict(one='C3-M2', two='E1-E2'), replace(staging, name='recording')     # as a Raw without a file is called
     assert 'The power of C3-M2' in write_report(staging, tmp_path/'a.html', raw, aliases, 'uV').read_text()
     with pytest.raises(MontageError): write_report(staging, tmp_path/'b.html', raw)
     assert not (tmp_path/'b.html').exists()
 
 def test_another_recording_or_place_is_refused(staging, x, tmp_path):
-    for other in (night(x, start=datetime(2020, 1, 2, 22)), replace(night(x), stages=np.zeros(30, np.int8))):
+    unknown,same = replace(staging, start=None), night(x, start=None)
+    assert write_report(unknown, tmp_path/'a.html', same).read_bytes()
+    (tmp_path/'a.html').unlink()
+    longer = replace(same, x=[np.tile(o, 2) for o in same.x], stages=np.tile(same.stages, 2))
+    for other in (longer, replace(same, where='other.edf')):
+        with pytest.raises(RecordingError, match='not the recording that was staged'): write_report(unknown, tmp_path/'a.html', other)
+    for other in (night(x, start=datetime(2020, 1, 2, 22)), replace(night(x), stages=np.zeros(30, np.int8)), replace(night(x), where='other.edf')):
         with pytest.raises(RecordingError, match='not the recording that was staged'): write_report(staging, tmp_path/'a.html', other)
     with pytest.raises(SleepnbError, match='a report is HTML'): write_report(staging, tmp_path/'a.pdf')
     (tmp_path/'file').write_text('')
@@ -140,7 +146,7 @@ def test_in_a_browser(staging, x, tmp_path, browser, scheme):
     "Nothing is asked of a network, nothing is wider than the window, and words can be told from the ground."
     table = staging.channels.assign(details='a_very_long_name_of_a_channel_without_any_space_in_it ' * 3)
     full = replace(staging, reference=STAGES[::-1].copy(), notes=('x'*300,), name='y'*200, channels=table)
-    path = write_report(full, tmp_path/'a.html', night(x))
+    path = write_report(full, tmp_path/'a.html', replace(night(x), where=full.name))
     for width,shown in ((390, '.narrow'), (1200, '.wide')):
         page = browser.new_page(viewport=dict(width=width, height=800), color_scheme=scheme)
         asked,said = [], []

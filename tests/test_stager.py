@@ -118,7 +118,7 @@ def test_any_subset_of_modalities(stager, x):
 def test_a_nap_and_one_epoch(stager, x):
     for n in (1, 2, 7):
         found = stager.stage(night(x[:, :n*6000 + 1234]))
-        assert len(found.stages) == n and (found.stages >= 0).all()
+        assert len(found.stages) == n and (found.stages >= 0).all() and f': {n} epoch{"s" * (n > 1)}, ' in repr(found)
     with pytest.raises(RecordingError, match='shorter than one epoch'): stager.stage(night(x[:, :5999]))
 
 def test_more_than_a_day(stager, x):
@@ -308,6 +308,17 @@ def test_channels_by_name(stager, x):
     with pytest.raises(MontageError, match='O1-M2: no O1'): stager.stage(night(x), channels=['C4', 'O1-M2'])
     fixed = Stager(StageNetwork(Backbone({'a': ['C3-M2']})))
     with pytest.raises(SleepnbError, match='cannot be chosen'): fixed.stage(night(x), channels=['C4'])
+
+def test_why_a_channel_is_not_used_is_true(x):
+    fixed = Stager(SleepSMC(dict(home=['C3-M2', 'E1-M2', 'Chin']), primary='EOG'))
+    one,cam = Stager(SleepSMC(dict(home=HOME), ('EEG', 'EOG'), 'EOG', 'cam')), Stager(SleepSMC(dict(home=HOME), primary=None, channel_mode='cam'))
+    def why(stager, **how):
+        table = stager.stage(night(x[:, :6000]), **how).channels
+        return table[~table.used].set_index('channel').details.to_dict()
+    assert why(one) == dict.fromkeys(['C3', 'C4', 'M1', 'M2'], 'staged with EOG alone') | {'Chin': 'the network does not take it'}
+    assert why(fixed)['C3'] == why(fixed)['Chin'] == 'staged with EOG alone' and why(fixed)['E2'] == 'others were preferred'
+    assert why(cam, modalities=('EEG', 'EMG'), channels=['C3', 'Chin']) == dict(C4='others were preferred', M1='others were preferred',
+                                                                              E1='staged with EEG, EMG alone', E2='staged with EEG, EMG alone')
 
 def test_a_network_that_shares_its_heads_takes_any_montage(x):
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ __all__ = ['NUMBERS', 'AMPLITUDES', 'STAGED', 'sample_files', 'Recording', 'open
            'read_hypnogram', 'align', 'stages_of', 'counts_as_text', 'Night', 'usable_names', 'with_unusable',
            'read_night', 'named_after', 'is_staging', 'find_hypnogram', 'describe']
 
-# %% ../../nbs/100_data.psg.ipynb #e93b5df6
+# %% ../../nbs/100_data.psg.ipynb #1561ef6c
 import csv
 import re
 import warnings
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from edfio import read_bdf, read_edf
 
-from ..core import EPOCH_SEC, UNSCORED, HypnogramError, Modality, RecordingError, Stage
+from ..core import EPOCH_SEC, UNSCORED, HypnogramError, Modality, RecordingError, Stage, plural
 from ..montage import Channel, ResolvedMontage, parse_channel, resolve_montage, staging_channels
 
 # %% ../../nbs/100_data.psg.ipynb #0efb1a64
@@ -721,7 +721,7 @@ def stages_of(
     n = int((recording.duration + 1e-3) // EPOCH_SEC)
     return np.full(n, UNSCORED, np.int8), 0., ['there is no hypnogram']
 
-# %% ../../nbs/100_data.psg.ipynb #90aa853f
+# %% ../../nbs/100_data.psg.ipynb #57a8a8d9
 def counts_as_text(
     stages:np.ndarray, # stage codes, −1 for unscored
 )->str:                # such as `3 unscored, W 20, N2 7`
@@ -746,7 +746,8 @@ class Night:
     onset:float=0.           # of the first epoch, seconds from the start of the recording
 
     def __repr__(self):
-        lines = [f'{Path(self.where).name or "night"}: {len(self.stages)} epochs ({counts_as_text(self.stages)})']
+        epochs = plural(len(self.stages), 'epoch')
+        lines = [f'{Path(self.where).name or "night"}: {epochs} ({counts_as_text(self.stages)})']
         lines += [f'  {c.name:10} {c.modality}  {fs:g} Hz' for c,fs in zip(self.channels, self.fs)]
         return '\n'.join(lines + [f'  note: {n}' for n in self.notes])
 
@@ -884,7 +885,7 @@ def read_night(
     made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes, first)
     return replace(made, notes=notes + _check_amplitudes(made))
 
-# %% ../../nbs/100_data.psg.ipynb #1f8473a6
+# %% ../../nbs/100_data.psg.ipynb #3f925b22
 def named_after(
     path:str|Path,      # may be a hypnogram
     recording:str|Path,
@@ -893,13 +894,14 @@ def named_after(
     path,stem = Path(path), re.sub(r'[\s_.-]*(psg|eeg)$', '', Path(recording).stem, flags=re.I)
     return len(stem) if re.match(re.escape(stem) + r'(?![A-Za-z0-9])', path.name, re.I) else 0
 
-STAGED = 'sleepnb_stages' # the equipment, in the header of an EDF file of stages that sleepnb wrote
+STAGED = 'sleepnb_stages' # the mark of sleepnb, in the header of an EDF file and in the sidecar of BIDS events
 
 def is_staging(path:Path)->bool:
-    "Was it sleepnb that wrote these stages? Then they are no scorer's."
+    "Was it sleepnb that wrote these stages, or their sidecar? Then they are no scorer's."
+    if path.name.endswith('_events.tsv') and (sidecar := path.with_suffix('.json')).is_file(): path = sidecar
     with path.open('rb') as f: head = f.read(256)
-    if path.suffix.casefold() == '.edf': return STAGED.encode() in head
-    return any(o in head for o in (b'stage,p_W', b'stage\tp_W')) or path.name.endswith('_desc-stages_events.tsv')
+    if path.suffix.casefold() in ('.edf', '.json'): return STAGED.encode() in head
+    return any(o in head for o in (b'stage,p_W', b'stage\tp_W'))
 
 def _may_be_hypnogram(path:Path)->bool: # a text that is no other table of BIDS, or an EDF file without signals
     if not path.is_file() or is_staging(path): return False
