@@ -148,7 +148,7 @@ def stage_table(
         table[[f'p_{label}' for label in _LABELS]] = known_prob(prob)[0].round(6)
     return table if quality is None else table.assign(quality=quality)
 
-# %% ../nbs/580_hypnogram.ipynb #9146dbdb
+# %% ../nbs/580_hypnogram.ipynb #39e4fc72
 def stage_annotations(
     stages,               # stage codes, `(epochs,)`; −1 for unscored
     start:datetime|None=None, # of the recording: `raw.info['meas_date']`; by default onsets count from the first sample
@@ -158,7 +158,7 @@ def stage_annotations(
     "The bouts, for `raw.set_annotations`."
     import mne # here, because files do not need it
     table = bouts(stages, epoch_sec, onset)
-    if start is not None and start.tzinfo is None: start = start.replace(tzinfo=timezone.utc) # as mne reads files
+    if start is not None: start = start.replace(tzinfo=timezone.utc) if start.tzinfo is None else start.astimezone(timezone.utc)
     return mne.Annotations(table.onset, table.duration, 'Sleep stage ' + table.stage, orig_time=start)
 
 # %% ../nbs/580_hypnogram.ipynb #b0a03245

@@ -6,7 +6,7 @@
 __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WHITE_RATIO', 'MAINS_SHARE', 'BATCH', 'LONG_HOURS',
            'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'signal_quality', 'open_source', 'read_terms', 'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #d60c8634
+# %% ../nbs/600_stager.ipynb #d08fc984
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from .core import (EPOCH_SEC, UNSCORED, HypnogramError, Modality, MontageError, RecordingError, SleepnbError, Stage,
                           WeightsError, plural)
 from .data.preprocess import FS, filter_resample, hold, robust_stats, to_epochs
-from .data.psg import AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram
+from .data.psg import (AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram, stages_of,
+                              usable_names, with_unusable)
 from .data.store import RECIPES, Recipe
 from .hypnogram import sleep_statistics, smooth_stages, stage_annotations, stage_table, write_stages
 from .metrics import agreement, check_stages, confusion
@@ -65,7 +66,7 @@ def _by_place(
     options = dict(EEG=[_nearest([c.site for c in made(*sites)])], EOG=eyes, EMG=[('Chin',)])
     return [c.name for m in modalities for c in next(filter(None, (made(*o) for o in options[m])), [])]
 
-# %% ../nbs/600_stager.ipynb #1c805e70
+# %% ../nbs/600_stager.ipynb #8b949246
 def _as_trained(
     names:list[str],              # as recorded
     montages:dict[str, list[str]],# cohort → channels that the network was trained on
@@ -82,7 +83,8 @@ def _as_trained(
         whole = [c for o in of.values() if all(parse_channel(c).name in there for c in o) for c in o]
         if len(whole) > len(best[1]): best = cohort, whole
     if not best[1]:
-        raise MontageError('the recording lacks channels that the network was trained on', where=where, found=', '.join(names),
+        raise MontageError('the recording lacks channels that the network was trained on', where=where,
+                           found=', '.join(filter(None, names)),
                            expected=' or '.join(', '.join(c) for c in montages.values()),
                            remedy="If the recorder has names of its own, say what they are with aliases=; or take weights "
                            "that were trained with channel_mode='cam'.")
@@ -151,20 +153,29 @@ def signal_quality(
         made[rows] = found
     return np.array(QUALITIES)[made]
 
-# %% ../nbs/600_stager.ipynb #5e1c4470
+# %% ../nbs/600_stager.ipynb #bef70b56
 class _NightSource:
     "Gives the channels of a `Night` as a file would."
+    least_inside = 0.       # it may be a part of a recording
     def __init__(self, night): self.night = night
-    def read(self, i): return np.asarray(self.night.x[i], np.float32)
+    def read(self, i): # from the recording's start, of which a night may lack the first seconds
+        lost = round(self.night.onset * self.night.fs[i])
+        return np.pad(np.asarray(self.night.x[i], np.float32), (lost, 0), constant_values=np.nan)
 
 def open_source(
     source:str|Path|Night,  # or an mne `Raw`
     unit:str|None=None,     # overrides the file's unit
 )->tuple[Recording, str]:   # the recording; a short name for it
-    "As `open_recording`; takes a `Night`, too."
+    """As `open_recording`; takes a `Night`, too.
+
+    Raises `RecordingError` as that does, and for the unit of a `Night`."""
     if isinstance(source, Night):
-        made = Recording(source.where or 'the night', [c.name for c in source.channels], list(source.fs), source.start,
-                         len(source.stages) * float(EPOCH_SEC), [], _NightSource(source))
+        if unit is not None:
+            raise RecordingError('a Night is in microvolts', where=source.where or 'the night', found=f'unit={unit!r}',
+                                 remedy='Leave unit= out; if its numbers have another unit, say so to read_night.')
+        start = source.start and source.start - timedelta(seconds=source.onset)
+        made = Recording(source.where or 'the night', [c.name for c in source.channels], list(source.fs), start,
+                         source.onset + len(source.stages) * float(EPOCH_SEC), [], _NightSource(source))
         return made, Path(source.where).stem or source.subject or 'night'
     made = open_recording(source, unit)
     files = getattr(source, 'filenames', None) or () if not isinstance(source, (str, Path)) else [source]
@@ -205,7 +216,21 @@ def _at_100_hz(
     short = n*EPOCH_SEC*FS - len(y)
     return to_epochs(np.pad(y, (0, short), 'edge') if short > 0 else y)[:n]
 
-# %% ../nbs/600_stager.ipynb #44c2735b
+# %% ../nbs/600_stager.ipynb #a3e03c15
+_ENVELOPE_HZ,_ENVELOPE_SHARE = 10, 1e-5
+
+def _is_envelope(
+    x:np.ndarray,   # `(samples,)` µV, of a muscle; may have NaN
+    fs:float,       # Hz
+)->bool:
+    per = int(EPOCH_SEC * fs)
+    e = x[:len(x)//per*per].reshape(-1, per)[::len(x)//per//100 + 1]             # a hundred of them will do
+    e = e[np.isfinite(e).all(-1)]
+    power = np.abs(rfft((e - e.mean(-1, keepdims=True)) * np.hanning(per)))**2
+    above,whole = power[:, _ENVELOPE_HZ*EPOCH_SEC:].sum(-1), power.sum(-1)
+    return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
+
+# %% ../nbs/600_stager.ipynb #6fa90287
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -228,14 +253,15 @@ def _spread(x, fs): # median standard deviation of at most 100 epochs that vary;
 
 def _check_unit(
     spreads:dict[str, float], # EEG and EOG channel → as `_spread`
-    where:str,
+    recording:Recording,
 ):
     known = {k: v for k,v in spreads.items() if np.isfinite(v)}
     if known and not any(AMPLITUDES[0] <= v <= AMPLITUDES[1] for v in known.values()):
-        raise RecordingError('the signals cannot be in microvolts', where=where,
+        say = 'Say which unit the numbers have, for example unit="V" or unit="uV".'
+        raise RecordingError('the signals cannot be in microvolts', where=recording.where,
             expected=f'standard deviations of {AMPLITUDES[0]:g} to {AMPLITUDES[1]:g} µV',
             found=', '.join(f'{k} {v:.3g} µV' for k,v in known.items()),
-            remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
+            remedy='Scale them: a Night is in microvolts.' if isinstance(recording.source, _NightSource) else say)
 
 def _scaled(
     x:list[np.ndarray],     # as in `_Prepared`
@@ -251,9 +277,9 @@ def _prepare(
     found:ResolvedMontage,
     recipe:Recipe,
     span:tuple[float, int], # seconds to the first epoch; number of epochs
-)->_Prepared:
+)->tuple[_Prepared, list[str]]: # and notes
     n,made,cache,spreads = span[1], found.derivations, {}, {}
-    x,quality = [], np.empty((n, len(made)), 'U8')
+    x,quality,notes = [], np.empty((n, len(made)), 'U8'), []
     left = Counter(i for d in made for i in d.terms)
     for k,d in enumerate(made):
         signal,fs = read_terms(recording, d.terms, cache, span)
@@ -262,11 +288,16 @@ def _prepare(
         if len(d.terms) > 1:                                          # the difference hides where an amplifier ends
             for i in d.terms: quality[signal_quality(cache[i], fs, modality, n) == 'clipped', k] = 'clipped'
         if modality != Modality.EMG and fs >= 20: spreads[d.got.name] = _spread(signal, fs)
-        x.append(_at_100_hz(signal, fs, getattr(recipe, modality.lower()), n))
+        low,high = getattr(recipe, modality.lower())
+        if modality == Modality.EMG and fs >= 20 and _is_envelope(signal, fs):
+            low = None
+            notes.append(f'{d.got.name} has nothing above {_ENVELOPE_HZ} Hz: taken for an envelope of muscle, and not '
+                         'filtered; if it was resampled, stage the file as it was recorded')
+        x.append(_at_100_hz(signal, fs, (low, high), n))
         left.subtract(d.terms.keys())
         for i in [i for i in cache if not left[i]]: del cache[i]
-    _check_unit(spreads, recording.where)
-    return _scaled(x, quality)
+    _check_unit(spreads, recording)
+    return _scaled(x, quality), notes
 
 # %% ../nbs/600_stager.ipynb #0cfad651
 _HERE = 'recording' # the name of its montage
@@ -374,7 +405,7 @@ def _find_night(
     found = start + (np.flatnonzero(likely) if likely.any() else np.arange(n // 4))
     return slice(max(0, 4*int(found[0]) - margin), 4*int(found[-1]) + 4 + margin)
 
-# %% ../nbs/600_stager.ipynb #6261eaf3
+# %% ../nbs/600_stager.ipynb #8e511f12
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -391,6 +422,7 @@ class Staging:
     reference:np.ndarray|None=None # stage codes of the hypnogram that was given, `(epochs,)`
     notes:tuple=()           # what a reader should know
     epoch_sec:float=float(EPOCH_SEC)
+    least_inside:float=.9    # share of a hypnogram that must lie in the recording
 
     @property
     def statistics(self)->dict[str, float]:
@@ -408,7 +440,7 @@ class Staging:
             raise HypnogramError('there is nothing to compare with', where=self.name, remedy='Give a hypnogram.')
         if isinstance(hypnogram, (str, Path)): hypnogram = read_hypnogram(hypnogram)
         if not isinstance(hypnogram, Hypnogram): return check_stages(hypnogram, 'hypnogram')
-        stages,first,_ = align(hypnogram, self.onset + len(self.stages)*self.epoch_sec, self.start, 0.)
+        stages,first,_ = align(hypnogram, self.onset + len(self.stages)*self.epoch_sec, self.start, self.least_inside)
         shift = (first - self.onset) / self.epoch_sec
         if abs(shift - round(shift)) > .02:
             raise HypnogramError('epochs of the hypnogram begin between epochs that were staged', where=hypnogram.where,
@@ -456,7 +488,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #4d340aa9
+# %% ../nbs/600_stager.ipynb #baa90d3d
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 
 def _scored(
@@ -466,10 +498,9 @@ def _scored(
 )->tuple[np.ndarray|None, float, list[str]]: # stages per epoch; seconds to the first; notes
     if hypnogram is None:
         own = recording.stages if isinstance(recording, Night) else None
-        return (own if own is not None and (own != UNSCORED).any() else None), 0., []
-    scored = hypnogram if isinstance(hypnogram, Hypnogram) else read_hypnogram(hypnogram)
-    stages,onset,notes = align(scored, source.duration, source.start, 0.)
-    return stages, onset, [*scored.notes, *notes]
+        onset = recording.onset if isinstance(recording, Night) else 0.
+        return (own if own is not None and (own != UNSCORED).any() else None), onset, []
+    return stages_of(source, hypnogram)
 
 _COUNTED = [f'epochs_{q}' for q in QUALITIES]
 
@@ -560,8 +591,9 @@ class Stager:
         there = {parse_channel(w).modality.value for w in wanted}
         if lost := [m for m in may if m not in there and (modalities is not None or not wanted)]:
             raise MontageError(f'there is no channel of {" or ".join(lost)} that can be used', where=where,
-                found=', '.join(names) or 'no channels', remedy='If the recorder has names of its own, say what they are with '
-                'aliases=' + ('; or ask for fewer modalities.' if modalities is not None and there else '.'))
+                found=', '.join(filter(None, names)) or 'no channels',
+                remedy='If the recorder has names of its own, say what they are with aliases='
+                + ('; or ask for fewer modalities.' if modalities is not None and there else '.'))
         return resolve_montage(names, wanted, aliases, where), cohort
 
     def stage(self,
@@ -578,14 +610,18 @@ class Stager:
 
         Raises `RecordingError`, `MontageError` or `HypnogramError`, each with the file and what to do."""
         source,name = open_source(recording, unit)
-        found,cohort = self.choose(source.names, modalities, aliases, channels, source.where)
+        names,left = usable_names(source, channels, aliases)
+        found,cohort = self.choose(names, modalities, aliases, channels, source.where)
+        found = with_unusable(found, source)
         reference,onset,notes = _scored(recording, source, hypnogram)
+        notes = left + notes
         n = int((source.duration - onset + 1e-3) // EPOCH_SEC)
         if n < 1:
             raise RecordingError('the recording is shorter than one epoch', where=source.where,
                                  expected=f'{EPOCH_SEC} s or more', found=f'{source.duration:g} s')
         if (rest := source.duration - onset - n*EPOCH_SEC) > .05: notes.append(f'the last {rest:.4g} s fill no epoch')
-        prepared = _prepare(source, found, self.recipe, (onset, n))
+        prepared,more = _prepare(source, found, self.recipe, (onset, n))
+        notes += more
         kinds = [d.got.modality.value for d in found.derivations]
         of = {m: [k for k,kind in enumerate(kinds) if kind == m] for m in self.modalities}
         how = dict(network=self.network, names=[d.got.name for d in found.derivations], cohort=cohort, of=of, fuse=fuse)
@@ -602,7 +638,7 @@ class Stager:
         codes = np.argmax(prepared.quality[..., None] == np.array(QUALITIES), -1)      # e c
         return Staging(name, smooth_stages(prob) if smooth else likeliest, prob, np.array(QUALITIES)[codes.min(1)],
                        _table(found, codes, self.modalities), tuple(m for m,k in of.items() if k), source.start, onset, smooth,
-                       self.name, reference, (*source.notes, *notes))
+                       self.name, reference, (*source.notes, *notes), least_inside=source.source.least_inside)
 
     def stage_all(self,
         recordings:Iterable,        # as `stage` takes one

@@ -3,6 +3,7 @@ import io, json, os, shutil, signal, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mne
 import numpy as np
 import onnxruntime
 import pandas as pd
@@ -14,7 +15,7 @@ from sklearn.metrics import cohen_kappa_score, confusion_matrix, f1_score
 import sleepnb
 from sleepnb import cli
 from sleepnb.callbacks import TerminalProgress
-from sleepnb.core import RecordingError, SleepnbError, Stage
+from sleepnb.core import HypnogramError, RecordingError, SleepnbError, Stage
 from sleepnb.data.loaders import labelled_loaders
 from sleepnb.data.psg import describe, find_hypnogram, read_night, sample_files
 from sleepnb.data.splits import Split
@@ -479,6 +480,23 @@ def test_stage_compares_with_stages_in_the_recording_itself(shelf, tmp_path):
         annotations=[EdfAnnotation(0, 30, 'Sleep stage W'), EdfAnnotation(30, 60, 'Sleep stage N2')]).write(tmp_path/'own.edf')
     found = json.loads(stage(shelf, tmp_path/'own.edf', '--json', '--out', tmp_path).stdout)
     assert found['agreement']['epochs'] == sum(s != '?' for s in found['stages']) == 3
+
+def test_info_and_stage_read_the_same_stages(shelf, tmp_path):
+    "A FIF that carries its stages; a scoring of seven hours beside a recording of one minute and a half."
+    raw = mne.io.read_raw_edf(shelf/'night.edf', verbose='error')
+    raw.set_annotations(mne.Annotations([0, 30], [30, 60], ['Sleep stage W', 'Sleep stage N2'], orig_time=raw.info['meas_date']))
+    raw.save(fif := tmp_path/'night_raw.fif', verbose='error')
+    assert f'hypnogram: {fif}, 3 epochs (W 1, N2 2)' in call('info', fif).stdout
+    done = stage(shelf, fif, '--out', tmp_path)
+    assert f'agreement with {fif}' in done.stdout and 'over 3 epochs' in done.stdout and not done.stderr
+    shutil.copy(shelf/'night.edf', edf := tmp_path/'cut.edf')
+    (tmp_path/'cut.csv').write_text('onset,duration,stage\n0,25200,N2\n')
+    assert 'does not belong to this recording' in call('info', edf).stdout
+    done = stage(shelf, edf, '--out', tmp_path)
+    assert done.returncode == 0 and 'does not belong to this recording' in done.stderr and 'agreement with' not in done.stdout
+    with pytest.raises(HypnogramError, match='does not belong'): Stager.load(shelf/'toy.safetensors').stage(edf).agreement(tmp_path/'cut.csv')
+    raw = mne.io.read_raw_edf(edf, verbose='error')                          # a Raw may be a part of a recording
+    assert Stager.load(shelf/'toy.safetensors').stage(raw).agreement(tmp_path/'cut.csv')['epochs'] == 3
 
 @pytest.mark.parametrize('kind,name', [('tsv', 'night_stages.tsv'), ('bids', 'night_desc-stages_events.tsv'), ('edf', 'night_stages.edf')])
 def test_stage_in_other_formats(shelf, tmp_path, kind, name):

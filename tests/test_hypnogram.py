@@ -1,5 +1,6 @@
 """Sleep statistics against YASA, smoothing against every path there is, and files against those who read them."""
 import datetime, itertools, json, os, subprocess, sys, warnings
+from zoneinfo import ZoneInfo
 
 import mne
 import numpy as np
@@ -221,3 +222,13 @@ def test_what_was_staged_is_no_hypnogram_of_a_scorer(tmp_path, name):
     assert find_hypnogram(tmp_path/'night.edf') is None
     (tmp_path/'night_mine.csv').write_text('onset,duration,stage\n0,30,W\n')
     assert find_hypnogram(tmp_path/'night.edf').name == 'night_mine.csv'
+
+@pytest.mark.parametrize('zone,hours', [('Europe/Berlin', 21), ('America/New_York', 27), ('UTC', 22)])
+def test_annotations_take_a_start_with_a_zone(zone, hours):
+    "22 o'clock of 2 January 2020 in Berlin is 21 o'clock in UTC, in New York 3 o'clock of the next day."
+    start,day = datetime.datetime(2020, 1, 2, 22, tzinfo=ZoneInfo(zone)), datetime.datetime(2020, 1, 2, tzinfo=datetime.timezone.utc)
+    made = stage_annotations([0, 1], start)
+    assert made.orig_time == day + datetime.timedelta(hours=hours) and list(made.description) == ['Sleep stage W', 'Sleep stage N1']
+    raw = mne.io.RawArray(np.zeros((1, 6000)), mne.create_info(['C3'], 100, 'eeg'), verbose='error')
+    raw.set_meas_date(day + datetime.timedelta(hours=hours)).set_annotations(made)
+    assert list(raw.annotations.onset) == [0, 30]

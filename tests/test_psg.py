@@ -1,5 +1,6 @@
 """Reading nights: a real one whole, every kind of hypnogram file, and two thousand damaged inputs."""
 import datetime
+from pathlib import Path
 
 import mne
 import numpy as np
@@ -9,7 +10,8 @@ from edfio import Bdf, BdfSignal, Edf, EdfAnnotation, EdfSignal
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from sleepnb.core import EPOCH_SEC, HypnogramError, RecordingError, SleepnbError, Stage
-from sleepnb.data.psg import NUMBERS, align, open_recording, read_hypnogram, read_night, sample_files, stage_of_word
+from sleepnb.data.cohorts import plain_folder
+from sleepnb.data.psg import NUMBERS, align, describe, find_hypnogram, open_recording, read_hypnogram, read_night, sample_files, stage_of_word
 
 RNG = np.random.default_rng(0)
 TRUTH = np.array([0, 1, 2, 3, 4, 2, 0, 0], np.int8)
@@ -100,7 +102,8 @@ def test_only_volts_of_a_raw_are_scaled_as_volts():
     x = np.stack([EEG, EEG]) * 1e-6
     for kind in ('misc', 'temperature'):
         raw = mne.io.RawArray(x, mne.create_info(['C3', 'EMG1'], 100, ['eeg', kind]), verbose='error')
-        with pytest.raises(RecordingError, match=f"channel 'EMG1' is not in volts.*mne type '{kind}'.*set_channel_types"): read_night(raw)
+        assert [c.name for c in read_night(raw).channels] == ['C3'] and f"EMG1 is left out: not in volts, of mne type '{kind}'" in read_night(raw).notes
+        with pytest.raises(RecordingError, match=f"channel 'EMG1' is not in volts.*mne type '{kind}'.*set_channel_types"): read_night(raw, wanted=['EMG1'])
         np.testing.assert_allclose(read_night(raw, wanted=['C3']).x[0], EEG, atol=1e-3)
         np.testing.assert_allclose(read_night(raw, unit='V').x[1], EEG, atol=1e-3)
     raw.set_channel_types({'EMG1': 'emg'}, verbose='error')
@@ -410,3 +413,122 @@ def test_impossible_signals(change, match):
 def test_a_flat_channel_is_noted_and_twins_are_kept_apart():
     raw = mne.io.RawArray(np.stack([EEG, EEG*0]) * 1e-6, mne.create_info(['C3', 'C4'], 100, 'eeg'), verbose='error')
     assert 'C4 is flat' in read_night(raw).notes
+
+# ---- what mne makes of a file
+
+@pytest.mark.filterwarnings('ignore:Loading an EDF with mixed')
+@pytest.mark.parametrize('how', [dict(), dict(preload=True), dict(infer_types=True)])
+def test_a_slow_channel_keeps_its_rate_by_way_of_mne(tmp_path, how):
+    "mne gives 100 Hz to an envelope of 1 Hz; the file has 240 values."
+    raw = mne.io.read_raw_edf(write_psg(tmp_path/'a.edf'), verbose='error', **how)
+    assert raw.info['sfreq'] == 100
+    night = read_night(raw)
+    assert night.fs == [100, 1] and [c.modality for c in night.channels] == ['EEG', 'EMG']
+    np.testing.assert_allclose(night.x[1], EMG, atol=.1)
+    np.testing.assert_allclose(read_night(raw.copy().crop(60)).x[1], EMG[60:], atol=.1)
+    np.testing.assert_allclose(read_night(raw, wanted=['Chin'], unit='V').x[0], EMG, atol=.1)
+    loaded = raw.copy().load_data(verbose='error').apply_function(lambda x: 2*x, picks=[1])            # a change is kept
+    np.testing.assert_allclose(read_night(loaded).x[1], 2*EMG, atol=.2)
+    assert read_night(loaded.rename_channels({raw.ch_names[1]: 'Chin'})).fs == [100, 100]
+
+# ---- days
+
+def a_night(at, hours=8): # all of it N2
+    from sleepnb.data.psg import Hypnogram
+    return Hypnogram('h', np.arange(hours*120) * 30., np.full(hours*120, 30.), np.full(hours*120, 2, np.int8), at)
+
+@pytest.mark.parametrize('start,hours,scored,begins,said', [
+    ('2020-01-02 08:00', 36, '2020-01-02 22:00', 14, 'starts 50400 s after'), ('2020-01-02 08:00', 26, '2020-01-02 22:00', 14, 'starts 50400 s'),
+    ('2020-01-02 20:00', 60, '2020-01-03 23:00', 27, 'starts 97200 s after'),    # the second night of two
+    ('2020-01-02 08:00', 23, '1999-05-06 22:00', 14, 'dates do not fit: 2020-01-02, scored 1999-05-06'),
+    ('2020-01-02 08:00', 36, '1999-05-06 22:00', 14, 'dates do not fit'), ('2020-01-02 08:00', 23, '22:00', 14, ''), ('2020-01-02 08:00', 36, '22:00', 14, ''),
+    ('2020-01-02 22:00', 9, '2020-01-01 22:30', .5, 'dates do not fit'), ('2020-01-02 21:00', 9, '2020-01-02 20:59', -1/60, 'starts -60 s after'),
+    ('2020-01-02 12:00', 24.2, '1999-05-06 22:00', 10, 'dates do not fit'), ('2020-01-02 23:50', 9, '00:10', 1/3, '')])
+def test_the_day_of_a_long_recording(start, hours, scored, begins, said):
+    "By the dates where they meet, and by the clock where they do not."
+    begun = datetime.datetime.fromisoformat(scored) if ' ' in scored else datetime.time.fromisoformat(scored)
+    stages,first,notes = align(a_night(begun), hours*3600, datetime.datetime.fromisoformat(start))
+    at = first/3600 + np.flatnonzero(stages == 2)/120
+    assert abs(at[0] - max(begins, 0)) < .02 and abs(at[-1] + 1/120 - (begins + 8)) < .02
+    assert any(said in o for o in notes) and any('dates' in o for o in notes) == ('dates' in said) if said else not any('dates' in o for o in notes)
+
+@pytest.mark.parametrize('scored', [datetime.time(22), datetime.datetime(1999, 5, 6, 22)])
+def test_a_day_that_nothing_tells(scored):
+    with pytest.raises(HypnogramError, match='several days.*found 60.0 h'): align(a_night(scored), 60*3600, datetime.datetime(2020, 1, 2, 20))
+
+# ---- stages in the recording itself
+
+@pytest.mark.parametrize('suffix', ['.edf', '.fif', '.fif.gz'])
+def test_a_recording_is_its_own_hypnogram_in_any_format(tmp_path, suffix):
+    path = tmp_path/f'night_raw{suffix}'
+    if suffix == '.edf': write_psg(path, annotations=[EdfAnnotation(30*i, 30, w) for i,w in enumerate(WORDS)])
+    else:
+        raw = mne.io.RawArray(np.stack([EEG]) * 1e-6, mne.create_info(['C3'], 100, 'eeg'), first_samp=700, verbose='error')
+        raw.set_annotations(mne.Annotations([30*i for i in range(8)], 30, WORDS)).save(path, verbose='error')
+    for night in (read_night(path), read_night(path, path), read_night(path, read_hypnogram(path))): assert (night.stages == TRUTH).all()
+    assert describe(path)['hypnogram']['file'] == str(path) and describe(path)['hypnogram']['epochs'] == 8
+    if suffix == '.fif.gz': return                                   # which a folder passes over
+    cohort = plain_folder(tmp_path)
+    assert list(cohort.nights.hypnogram) == [str(path)] and (cohort.read(dict(cohort.nights.iloc[0])).stages == TRUTH).all()
+
+def test_numbers_in_a_recording_need_their_vocabulary(tmp_path):
+    path = write_psg(tmp_path/'a.edf', annotations=[EdfAnnotation(30*i, 30, w) for i,w in enumerate('0 1 2 4 5 2 0 0'.split())])
+    with pytest.raises(HypnogramError, match='stages are numbers'): read_hypnogram(path)
+    assert (read_hypnogram(path, 'nsrr').stage == TRUTH).all()
+
+# ---- neighbours
+
+@pytest.mark.parametrize('name', ['night_private.txt', 'night_private.csv', 'night_private.edf'])
+def test_a_neighbour_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch, name):
+    path,opened = write_psg(tmp_path/'night.edf'), Path.open
+    (tmp_path/name).write_text('W\n' * 8)
+    def refuse(self, *args, **kwargs):
+        if self.name == name: raise PermissionError(13, 'Permission denied', str(self))
+        return opened(self, *args, **kwargs)
+    monkeypatch.setattr(Path, 'open', refuse)
+    found = describe(path)
+    assert found['hypnogram'] is None and found['channels'][0]['used']
+    assert f'{name} cannot be read (Permission denied), and is passed over' in found['notes']
+    with pytest.warns(UserWarning, match=f'night.edf: {name} cannot be read'): assert find_hypnogram(path) is None
+    (tmp_path/'night.csv').write_text('\n'.join('W N1 N2 N3 R N2 W W'.split()))
+    assert describe(path)['hypnogram']['epochs'] == 8                              # what may be read is found
+    with pytest.warns(UserWarning, match='cannot be read'): assert find_hypnogram(path) == tmp_path/'night.csv'
+
+def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    path = write_psg(tmp_path/'night.edf', annotations=[EdfAnnotation(30*i, 30, w) for i,w in enumerate(WORDS)])
+    def refuse(self): raise PermissionError(13, 'Permission denied', str(self))
+    monkeypatch.setattr(Path, 'iterdir', refuse)
+    assert describe(path)['hypnogram']['file'] == str(path)                        # its own stages
+    assert any('the folder cannot be listed (Permission denied)' in o for o in describe(path)['notes'])
+    with pytest.warns(UserWarning, match='cannot be listed'): assert find_hypnogram(path) is None
+
+# ---- channels that are not to be used
+
+def three(tmp_path, kind='eeg', bads=()):
+    x = np.stack([EEG, EEG + 5*np.sin(np.arange(len(EEG))), EEG[::-1]]) * 1e-6
+    raw = mne.io.RawArray(x, mne.create_info(['C3', 'M2', 'Chin'], 100, ['eeg', 'eeg', kind]), verbose='error')
+    raw.info['bads'] = list(bads)
+    raw.save(tmp_path/'night_raw.fif', verbose='error', overwrite=True)
+    return x*1e6, tmp_path/'night_raw.fif'
+
+def test_one_channel_that_is_not_in_volts_is_skipped(tmp_path):
+    x,path = three(tmp_path, 'misc')
+    channels = describe(path)['channels']
+    assert [c['used'] for c in channels][2] is False and channels[2]['reason'] == "not in volts, of mne type 'misc'" and channels[2]['canonical'] == 'Chin'
+    night = read_night(path, wanted=['C3-M2'])
+    assert night.channels[0].name == 'C3-M2' and read_night(path, unit='V').channels[2].name == 'Chin'
+    assert plain_folder(tmp_path).wanted == ('C3',)
+    other = mne.io.RawArray(x*1e-6, mne.create_info(['C3', 'M2', 'Chin'], 100), verbose='error')      # all are misc
+    with pytest.raises(RecordingError, match='no channel may be used .*C3 is left out: not in volts.*set_channel_types'): read_night(other)
+
+def test_a_channel_that_is_marked_bad_is_left_out(tmp_path):
+    x,path = three(tmp_path, bads=['M2'])
+    night = read_night(path)
+    assert [c.name for c in night.channels] == ['C3', 'Chin'] and 'M2 is left out: marked bad' in night.notes
+    assert [c['reason'] for c in describe(path)['channels']] == ['', 'marked bad', '']
+    alone,asked = read_night(path, wanted=['C3']), read_night(path, wanted=['C3-M2'])
+    assert alone.channels[0].name == 'C3' and asked.channels[0].name == 'C3-M2' and 'M2 is left out: marked bad' in alone.notes
+    np.testing.assert_allclose(alone.x[0], x[0], atol=1e-3)
+    np.testing.assert_allclose(asked.x[0], x[0] - x[1], atol=1e-3)
+    assert not any('left out' in o for o in asked.notes)
+    assert read_night(path, wanted=['O1-M1'], aliases={'M2': 'O1-M1'}).channels[0].name == 'O1-M1'

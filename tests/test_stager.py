@@ -18,6 +18,7 @@ from sleepnb.hypnogram import smooth_stages
 from sleepnb.models.network import Backbone, StageNetwork
 from sleepnb.montage import POSITIONS, parse_channel
 from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
+from sleepnb.report import write_report
 from sleepnb.ssrl.mtssrl import MTSSRL
 from sleepnb.stager import EEG_SITES, Stager, signal_quality
 from sleepnb.synth import synth_hypnogram, synth_night
@@ -167,6 +168,22 @@ def test_a_bad_channel_counts_as_missing(stager, x):
     assert abs(found.prob[:20] - one.prob[:20]).max() > .01
     assert list(found.channels.epochs_flat) == [0, 20]
 
+def test_channels_marked_bad_or_not_in_volts_are_left_out(stager, x):
+    kinds = ['eeg']*6 + ['misc']
+    raw = mne.io.RawArray(x*1e-6, mne.create_info(NAMES, 200, kinds), verbose='error')
+    raw.info['bads'] = ['C3']
+    found = stager.stage(raw)
+    table = found.channels.set_index('channel')
+    assert list(table.index[table.used]) == ['C4-M1', 'E1-E2']
+    assert table.details['C3'] == 'marked bad' and table.details['Chin'] == "not in volts, of mne type 'misc'" and table.modality['Chin'] == 'EMG'
+    assert {'C3 is left out: marked bad', "Chin is left out: not in volts, of mne type 'misc'"} <= {*found.notes}
+    close(found, stager.stage(night(x[[1, 2, 4, 5]], ['C4', 'A1', 'LOC', 'ROC'])))
+    asked = stager.stage(raw, channels=['C3-M2'])
+    assert list(asked.channels.channel[asked.channels.used]) == ['C3-M2']
+    with pytest.raises(RecordingError, match='not in volts.*set_channel_types'): stager.stage(raw, channels=['C3-M2', 'Chin'])
+    raw.info['bads'] = NAMES
+    with pytest.raises(RecordingError, match='no channel may be used'): stager.stage(raw)
+
 def test_a_mastoid_at_its_end_spoils_what_is_made_with_it(x):
     "Difference and electrodes are both looked at."
     bad = x.copy()
@@ -189,7 +206,9 @@ def test_wrong_units(stager, x):
     info = mne.create_info(['C3', 'C4', 'A1', 'A2', 'E1', 'E2', 'Chin'], 200, 'eeg')
     raw = mne.io.RawArray(x.astype(float), info, verbose='error')               # microvolts where mne has volts
     with pytest.raises(RecordingError, match='cannot be in microvolts'): stager.stage(raw)
-    with pytest.raises(RecordingError, match='cannot be in microvolts'): stager.stage(night(x*1e-6))
+    with pytest.raises(RecordingError, match='cannot be in microvolts.*unit="V"'): stager.stage(raw)
+    with pytest.raises(RecordingError, match='cannot be in microvolts.*Scale them: a Night is in microvolts.$'): stager.stage(night(x*1e-6))
+    with pytest.raises(RecordingError, match="a Night is in microvolts .found unit='V'"): stager.stage(night(x*1e-6), unit='V')
     close(stager.stage(raw, unit='uV'), stager.stage(night(x)))
 
 def test_epochs_begin_with_the_hypnogram(stager, x):
@@ -207,6 +226,25 @@ def test_epochs_begin_with_the_hypnogram(stager, x):
     np.testing.assert_allclose(scores['accuracy'], accuracy_score(found.reference[there], found.stages[there]))
     assert found.agreement(scored) == scores
     with pytest.raises(SleepnbError, match='begin between epochs'): stager.stage(night(x, start=start)).agreement(scored)
+
+def test_a_night_knows_where_its_recording_begins(stager, x, tmp_path):
+    "Scoring begins after 15 s: by path, as a Night, and in the report of either."
+    path,hypnogram = tmp_path/'late.edf', tmp_path/'late.csv'
+    edf = Edf([EdfSignal(o.astype(float), 200, label=n, physical_dimension='uV', physical_range=(-3000, 3000)) for o,n in zip(x, NAMES)],
+              starttime=datetime(2020, 1, 1, 22).time())
+    edf.startdate = datetime(2020, 1, 1).date()
+    edf.write(path)
+    hypnogram.write_text('onset,duration,stage\n' + ''.join(f'{15 + 30*i},30,{"W N1 N2 N3 R".split()[s]}\n' for i,s in enumerate(STAGES[:39])))
+    by_path,read = stager.stage(path, hypnogram=hypnogram), read_night(path, hypnogram)
+    assert (by_path.onset, read.onset, read.start) == (15, 15, datetime(2020, 1, 1, 22, 0, 15))
+    for found in (stager.stage(read), stager.stage(read, hypnogram=hypnogram)):
+        close(found, by_path, 1e-6)
+        assert (found.name, found.start, found.onset) == ('late', datetime(2020, 1, 1, 22), 15) and len(found.stages) == 39
+        assert list(found.table.onset[:2]) == [15, 45] and list(found.reference) == list(STAGES[:39])
+        assert write_report(found, tmp_path/'r.html', path) and write_report(found, tmp_path/'r.html', read)
+    assert write_report(by_path, tmp_path/'r.html', read)
+    early = stager.stage(read, hypnogram=Hypnogram('h', 30.*np.arange(39), np.full(39, 30.), STAGES[:39].astype(np.int8)))
+    assert early.onset == 0 and list(early.quality[:2]) == ['missing', 'good']   # of its first epoch, half is not in the Night
 
 def test_agreement_is_by_time(stager, x):
     start = datetime(2020, 1, 1, 22)
@@ -306,6 +344,18 @@ def test_the_weights_that_come_along_stage_the_real_night():
     recording,hypnogram = sample_files()
     least = dict(EEG=.6, EOG=.1)                                     # chance is 0
     for m,kappa in least.items(): assert stager.stage(recording, (m,), hypnogram=hypnogram).agreement()['kappa'] > kappa
+
+@pytest.mark.filterwarnings('ignore:Loading an EDF with mixed')
+def test_an_envelope_by_way_of_mne(tmp_path):
+    "Sleep-EDF has the chin at 1 Hz; mne says 100 Hz. With the scoring, a path has R; so has the Raw, and what was saved of it."
+    stager,(recording,hypnogram) = Stager.load(), sample_files()
+    by_path = stager.stage(recording, hypnogram=hypnogram)
+    raw = mne.io.read_raw_edf(recording, verbose='error')
+    close(stager.stage(raw), by_path)
+    raw.load_data(verbose='error').save(tmp_path/'night_raw.fif', verbose='error')
+    saved = stager.stage(tmp_path/'night_raw.fif', hypnogram=hypnogram)
+    assert any('Chin has nothing above 10 Hz' in o for o in saved.notes) and not any('Chin' in o for o in by_path.notes)
+    assert abs(saved.agreement()['kappa'] - by_path.agreement()['kappa']) < .03 and saved.agreement()['f1_R'] > .7
 
 def test_threads_are_given_back(stager, x):
     before = torch.get_num_threads()

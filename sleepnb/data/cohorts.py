@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'EXPECTED', 'SIMULATED', 'SHORT_NAMES', 'COHORTS', 'sleep_edf', 'fetch_sleep_edf', 'isruc', 'mass_ss3',
            'anphy', 'bids', 'plain_folder']
 
-# %% ../../nbs/130_data.cohorts.ipynb #76aa67e0
+# %% ../../nbs/130_data.cohorts.ipynb #064204a6
 import json
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import EPOCH_SEC, HypnogramError, MontageError, Modality, RecordingError, SleepnbError
-from .psg import Night, is_staging, named_after, open_recording, read_hypnogram, read_night
+from .psg import Night, is_staging, named_after, open_recording, read_hypnogram, read_night, usable_names
 from .store import Cohort, Whole
 from ..montage import ALIASES, parse_channel, staging_channels
 
@@ -274,7 +274,7 @@ def anphy(
         if 'edf' in files: rows.append((subject.name[5:], 1, files['edf'][0], files.get('txt', [None])[0]))
     return _cohort('anphy', _table(folder, rows, 'EPCTL01/….edf'), _wanted('anphy', wanted), 'one .txt beside it')
 
-# %% ../../nbs/130_data.cohorts.ipynb #dfc23be2
+# %% ../../nbs/130_data.cohorts.ipynb #bee92d68
 def _names(
     wanted:Iterable[str]|None,
     folder:str|Path,
@@ -288,7 +288,7 @@ def _channels_of(
     aliases:dict[str, str]|None,
 )->tuple[str, ...]:
     "The EEG, eye and chin channels that a recording has."
-    names = open_recording(recording).names
+    names,_ = usable_names(open_recording(recording), None, aliases)
     if not (made := staging_channels(names, aliases)):
         raise MontageError('no channel is EEG, eye or chin by its name', where=recording, found=', '.join(names),
                            remedy='Say what they are: aliases={"its name": "C3-M2"}.')
@@ -369,7 +369,7 @@ def _owner(
     fits = {p: named_after(path, p) for p in recordings if p.parent == path.parent and p != path}
     return max((p for p,n in fits.items() if n), key=fits.get, default=None)
 
-# %% ../../nbs/130_data.cohorts.ipynb #d8f6edf5
+# %% ../../nbs/130_data.cohorts.ipynb #49bdc025
 def _scored(
     recordings:list[Path],
     others:list[Path],      # files that may be hypnograms
@@ -382,7 +382,7 @@ def _scored(
             raise SleepnbError('several files could be the hypnogram', where=p, expected='one',
                                found=', '.join(o.name for o in several),
                                remedy='Say how the right ones end, for example ending="_scorer1.txt".')
-    own = {p: p for p in recordings if p not in found and p.suffix.casefold() in _EDF and _has_stages(p)}
+    own = {p: p for p in recordings if p not in found and _has_stages(p)}
     return {p: o[0] for p,o in found.items()} | own
 
 def _subject(
@@ -414,7 +414,7 @@ def plain_folder(
     name:str='folder',
     crop_wake_min:float|None=None,     # minutes of wake to keep around sleep
 )->Cohort:
-    """Recordings and hypnograms that belong together by name, or EDF+ files that carry their own stages.
+    """Recordings and hypnograms that belong together by name, or recordings that carry their own stages.
 
     Raises `SleepnbError` when there are none, several hypnograms could be meant, or a night is there twice."""
     files = [p for p,_ in _files(folder, r'.*\.(edf|bdf|rec|vhdr|set|fif)')]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'AMPLITUDES', 'STAGED', 'sample_files', 'Recording', 'open_recording', 'Hypnogram', 'stage_of_word',
-           'read_hypnogram', 'align', 'counts_as_text', 'Night', 'read_night', 'named_after', 'is_staging',
-           'find_hypnogram', 'describe']
+           'read_hypnogram', 'align', 'stages_of', 'counts_as_text', 'Night', 'usable_names', 'with_unusable',
+           'read_night', 'named_after', 'is_staging', 'find_hypnogram', 'describe']
 
-# %% ../../nbs/100_data.psg.ipynb #4343b72f
+# %% ../../nbs/100_data.psg.ipynb #1561ef6c
 import csv
 import re
 import warnings
@@ -21,7 +21,7 @@ import numpy as np
 from edfio import read_bdf, read_edf
 
 from ..core import EPOCH_SEC, UNSCORED, HypnogramError, Modality, RecordingError, Stage, plural
-from ..montage import Channel, parse_channel, resolve_montage, staging_channels
+from ..montage import Channel, ResolvedMontage, parse_channel, resolve_montage, staging_channels
 
 # %% ../../nbs/100_data.psg.ipynb #0efb1a64
 def sample_files()->tuple[Path, Path]: # recording, hypnogram
@@ -29,7 +29,7 @@ def sample_files()->tuple[Path, Path]: # recording, hypnogram
     folder = resources.files('sleepnb')/'sample'
     return Path(str(folder/'SC4001E0-PSG.edf')), Path(str(folder/'SC4001EC-Hypnogram.edf'))
 
-# %% ../../nbs/100_data.psg.ipynb #0f4ab1ff
+# %% ../../nbs/100_data.psg.ipynb #ef234ed8
 @dataclass(frozen=True)
 class Recording:
     "An opened file: what it holds, and how to read it channel by channel."
@@ -40,6 +40,7 @@ class Recording:
     duration:float       # seconds
     notes:list[str]      # what a reader should know
     source:object        # the reader behind it
+    unusable:dict[int, str]=field(default_factory=dict) # number → why a channel is left out unless it is asked for by name
 
     def read(self,
         i:int,           # number of the channel
@@ -110,7 +111,7 @@ def _check_records(
     more = f' and {rest} more bytes' if rest else ''
     return held, [f'the header declares {declared} data records, the file holds {held}{more}']
 
-# %% ../../nbs/100_data.psg.ipynb #c470a14e
+# %% ../../nbs/100_data.psg.ipynb #5d167906
 _MICROVOLTS = {'uv': 1., 'µv': 1., 'μv': 1., 'microvolt': 1., 'mv': 1e3, 'millivolt': 1e3, 'v': 1e6, 'volt': 1e6, 'nv': 1e-3,
                'âµv': 1.} # µV written in UTF-8
 
@@ -129,11 +130,12 @@ def _start_of(file)->tuple[datetime|None, list[str]]: # of an EDF file; notes
 
 class _EdfSource:
     "Reads one channel of an EDF or BDF file at a time."
+    least_inside = .9      # share of a hypnogram that must lie in the recording
     def __init__(self,
         path:Path,
         unit:str|None, # overrides what the file says
     ):
-        self.where,self.unit = str(path), unit
+        self.where,self.unit,self.unusable = str(path), unit, {}
         head = _edf_header(path)
         records,self.notes = _check_records(path, head)
         with path.open('rb') as f: is_bdf = f.read(8) == _BDF
@@ -202,11 +204,26 @@ def _refuse_gaps(
         raise RecordingError('the recording has gaps (EDF+D)', where=where, expected='a continuous recording',
             remedy='Export it as EDF+C, with gaps filled, or as one file for each part.')
 
-# %% ../../nbs/100_data.psg.ipynb #58db043b
+# %% ../../nbs/100_data.psg.ipynb #f11a09a2
 _VOLT = 107 # mne's code for a channel in volts
+
+def _slow_channels(
+    raw,    # mne `Raw`
+)->tuple[_EdfSource|None, dict[int, int]]: # the file behind it; channel → number in the file, of those below 20 Hz
+    "Channels that mne raised from the rate of an envelope."
+    path = next(iter(raw.filenames or ()), None)
+    try:
+        with open(path or '', 'rb') as f: is_edf = f.read(8) in (_EDF, _BDF)
+        if not is_edf: return None, {}
+        file = _EdfSource(Path(path), None)
+    except (OSError, RecordingError): return None, {}
+    slow = {n.strip(): j for j,(n,fs) in enumerate(zip(file.names, file.fs)) if fs < 20}
+    short = {n.partition(' ')[2]: j for n,j in slow.items()}                    # infer_types=True takes `EMG` from the name
+    return file, {i: (slow | short)[n] for i,n in enumerate(raw.ch_names) if n in slow or n in short}
 
 class _RawSource:
     "Reads one channel at a time from an mne `Raw`."
+    least_inside = 0.      # it may be a part of a recording
     def __init__(self,
         raw,           # mne `Raw`, in volts
         where:str,
@@ -215,6 +232,11 @@ class _RawSource:
         self.raw,self.where,self.notes,self.cut = raw, where, [], float(raw.first_time)
         self.names,self.fs = list(raw.ch_names), [float(raw.info['sfreq'])] * len(raw.ch_names)
         self.duration = len(raw.times) / raw.info['sfreq']
+        self.file,self.slow = _slow_channels(raw)
+        for i,j in self.slow.items(): self.fs[i] = self.file.fs[j]
+        kinds,no_volts = raw.get_channel_types(), [int(c['unit']) != _VOLT for c in raw.info['chs']]
+        self.unusable = {i: f'not in volts, of mne type {kinds[i]!r}' for i,o in enumerate(no_volts) if o and unit is None} \
+            | {i: 'marked bad' for i,n in enumerate(self.names) if n in raw.info['bads']}
         self.start = raw.info['meas_date'] and raw.info['meas_date'].replace(tzinfo=None) + timedelta(seconds=raw.first_time)
         self.unit = unit
 
@@ -231,7 +253,13 @@ class _RawSource:
         return [(float(o - self.raw.first_time), float(d), str(t))
                 for o,d,t in zip(notes.onset, notes.duration, notes.description)]
 
-    def read(self, i): return (self.raw.get_data(picks=[i])[0] * self._microvolts(i)).astype(np.float32)
+    def read(self, i):
+        scale,step = self._microvolts(i), self.raw.info['sfreq'] / self.fs[i]
+        at = np.round(np.arange(0, len(self.raw.times), step)).astype(int)
+        if i in self.slow and not self.raw.preload and self.unit is None and len(self.raw.filenames) == 1:
+            return self.file.read(self.slow[i])[int(self.cut * self.fs[i] + 1e-6):][:len(at)]
+        x = self.raw.get_data(picks=[i])[0] * scale
+        return (x[at.clip(max=len(x) - 1)] if i in self.slow else x).astype(np.float32)
 
 def _read_raw(
     path:Path,
@@ -251,7 +279,7 @@ def _check_file(path:Path, kind):
         raise kind('this is a folder, not a file', where=str(path), remedy='Name a file; a whole folder is read as a cohort.')
     if not path.is_file(): raise kind('there is no such file', where=str(path))
 
-# %% ../../nbs/100_data.psg.ipynb #aea87b40
+# %% ../../nbs/100_data.psg.ipynb #1e2434cb
 def open_recording(
     source:str|Path,      # a file, or an mne `Raw`
     unit:str|None=None,   # `'uV'`, `'mV'` or `'V'` overrides what the file says of all its channels
@@ -270,7 +298,7 @@ def open_recording(
         _check_file(path, RecordingError)
         with path.open('rb') as f: magic = f.read(8)
         made = _EdfSource(path, unit) if magic in (_EDF, _BDF) else _RawSource(_read_raw(path), str(path), unit)
-    return Recording(made.where, made.names, made.fs, made.start, made.duration, made.notes, made)
+    return Recording(made.where, made.names, made.fs, made.start, made.duration, made.notes, made, made.unusable)
 
 # %% ../../nbs/100_data.psg.ipynb #0ebc0def
 @dataclass(frozen=True)
@@ -358,12 +386,19 @@ def _pieces(
     notes = (f'{others} events that are no stages',) if others else ()
     return Hypnogram(where, np.array(onset, float), np.array(duration, float), np.array(stage, np.int8), start, notes)
 
-# %% ../../nbs/100_data.psg.ipynb #7f57910a
+# %% ../../nbs/100_data.psg.ipynb #a18ad900
 _COLUMNS = ('stage', 'sleep_stage', 'trial_type', 'description', 'label', 'annotation', 'event', 'value')
 
-def _from_edf(path, vocabulary, epoch_sec, **kwargs):
-    source = _EdfSource(path, None)
-    return _pieces(source.events(), str(path), source.start, vocabulary=vocabulary, epoch_sec=epoch_sec)
+_RAW = '.fif', '.fif.gz', '.vhdr', '.set', '.gdf', '.cnt' # endings of recordings that mne reads, with annotations
+
+def _own_events(recording)->list[tuple]: # its annotations without mere markers; none if no stage is among them
+    events = [e for e in recording.source.events() if e[1] or 'stage' in e[2].casefold() or _ENDS_A_STAGE.fullmatch(e[2])]
+    return events if any(stage_of_word(e[2]) in [*Stage] for e in events) else []
+
+def _from_annotations(path, vocabulary, epoch_sec, **kwargs):
+    recording = open_recording(path)
+    events = recording.names and _own_events(recording) or recording.source.events()
+    return _pieces(events, str(path), recording.start, vocabulary=vocabulary, epoch_sec=epoch_sec)
 
 def _from_lines(path, vocabulary, epoch_sec, column):
     "One stage per line, from the start of the recording."
@@ -508,7 +543,7 @@ def _from_table(path, vocabulary, column, epoch_sec):
     events = [(*t, c['stage'] or '?') for t,c in zip(times, cells)]
     return _pieces(events, str(path), start, only_stages, vocabulary, epoch_sec)
 
-# %% ../../nbs/100_data.psg.ipynb #cc52211a
+# %% ../../nbs/100_data.psg.ipynb #357dd74d
 def _from_xml(path, **kwargs):
     try: root = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
@@ -528,7 +563,7 @@ def read_hypnogram(
     epoch_sec:float=EPOCH_SEC,   # length of an epoch, for files that do not say it
     column:str|None=None,        # which column holds the stages, for tables with unusual names
 )->Hypnogram:
-    """Reads stages from EDF+, XML (Profusion, NSRR), tables (BIDS, CSV, ANPHY-Sleep) or lines (ISRUC, YASA).
+    """Reads stages from EDF+, XML (Profusion, NSRR), tables (BIDS, CSV, ANPHY-Sleep), lines (ISRUC, YASA) or a recording.
 
     Raises `HypnogramError` for an unknown stage, or a file that is none of these."""
     _check_vocabulary(vocabulary)
@@ -539,11 +574,12 @@ def read_hypnogram(
     path = Path(path).expanduser()
     _check_file(path, HypnogramError)
     with path.open('rb') as f: head = f.read(2000)
-    if kind := next((kind for start,kind in _NO_TEXT.items() if head.startswith(start)), None):
+    is_recording = head[:8] in (_EDF, _BDF) or path.name.casefold().endswith(_RAW)
+    if not is_recording and (kind := next((kind for start,kind in _NO_TEXT.items() if head.startswith(start)), None)):
         raise HypnogramError(f'a hypnogram is not read from {kind}', where=str(path), expected='EDF, XML or text',
                              remedy='Save it as CSV, for example with the columns onset, duration and stage.')
     suffix = path.suffix.casefold()
-    if head[:8] in (_EDF, _BDF): read = _from_edf
+    if is_recording: read = _from_annotations
     elif suffix == '.xml': read = _from_xml
     elif suffix in ('.csv', '.tsv') or b'\t' in head or re.search(rb'[,;]', head.partition(b'\n')[0]): read = _from_table
     else: read = _from_lines
@@ -566,27 +602,54 @@ def _check_pieces(h:Hypnogram):
                 found=f'{Stage(last).label} and {Stage(stage).label} at {onset:g} s', remedy='Keep one scorer in the file.')
         if onset + duration > end: end,last = onset + duration, stage
 
-# %% ../../nbs/100_data.psg.ipynb #4d24072e
+# %% ../../nbs/100_data.psg.ipynb #93e187fc
+def _inside(
+    hypnogram:Hypnogram,
+    shift:float,         # seconds to add to the onsets
+    duration:float,      # of the recording, seconds
+)->np.ndarray:           # seconds of each piece that lie in the recording, `(pieces,)`
+    begin = hypnogram.onset + shift
+    return np.clip(np.minimum(begin + hypnogram.duration, duration) - np.maximum(begin, 0), 0, None)
+
+def _by_clock(
+    hypnogram:Hypnogram,
+    seconds:float,       # from the recording's start to the hypnogram's, on any day
+    duration:float,      # of the recording, seconds
+)->float:                # the same, on the day that fits
+    scored = hypnogram.stage >= 0
+    begin,end = hypnogram.onset[scored].min(initial=0), (hypnogram.onset + hypnogram.duration)[scored].max(initial=0)
+    latest = duration - begin
+    n = int(min((latest + end) // _DAY + 1, 100))
+    days = latest - (latest - seconds) % _DAY - _DAY*np.arange(n)              # from the last on which it might begin
+    kept = np.array([_inside(hypnogram, d, duration)[scored].sum() for d in days])
+    best = days[np.lexsort((abs(days), -kept))[0]]                             # without any, the nearest
+    if kept.max() > 0 and (2*kept[days != best] > kept.max()).any():
+        raise HypnogramError('the stages may belong to several days of the recording', where=hypnogram.where,
+            found=f'{duration/3600:.1f} h of recording', expected='the date of the recording',
+            remedy='Give the stages a start with its date: replace(read_hypnogram(…), start=…).')
+    return float(best)
+
 def _shift(
     hypnogram:Hypnogram,
     start:datetime|None, # of the recording
+    duration:float,      # of the recording, seconds
 )->tuple[float, list[str]]: # seconds to add to the onsets, notes
-    if isinstance(hypnogram.start, time): return _shift_clock(hypnogram, start), []
-    if hypnogram.start is None or start is None: return 0., []
-    begun,start = hypnogram.start.replace(tzinfo=None), start.replace(tzinfo=None)
+    begun = hypnogram.start
+    if isinstance(begun, time):
+        if start is None:
+            raise HypnogramError('the stages have times of day, but the recording has none', where=hypnogram.where,
+                                 remedy='Write their onsets in seconds from the start of the recording.')
+        begun = datetime.combine(start.date(), begun)
+        return _by_clock(hypnogram, (begun - start.replace(tzinfo=None)).total_seconds(), duration), []
+    if begun is None or start is None: return 0., []
+    begun,start = begun.replace(tzinfo=None), start.replace(tzinfo=None)
     if begun == datetime.combine(_NO_DATE, time(0)):
         return 0., ['the hypnogram has no start time: it is taken to start with the recording']
     seconds = (begun - start).total_seconds()
-    if abs(seconds) <= 12*3600: return seconds, [f'the hypnogram starts {seconds:g} s after the recording'] * bool(seconds)
-    clock = (seconds + _DAY/2) % _DAY - _DAY/2
-    return clock, [f'aligned by the time of day, for the dates differ: {start.date()}, scored {begun.date()}']
-
-def _shift_clock(hypnogram, start):
-    if start is None:
-        raise HypnogramError('the stages have times of day, but the recording has none', where=hypnogram.where,
-                             remedy='Write their onsets in seconds from the start of the recording.')
-    seconds = (datetime.combine(start.date(), hypnogram.start) - start.replace(tzinfo=None)).total_seconds()
-    return (seconds + _DAY/2) % _DAY - _DAY/2
+    if _inside(hypnogram, seconds, duration)[hypnogram.stage >= 0].any():
+        return seconds, [f'the hypnogram starts {seconds:g} s after the recording'] * bool(seconds)
+    clock = _by_clock(hypnogram, seconds, duration)
+    return clock, [f'aligned by the time of day, for the dates do not fit: {start.date()}, scored {begun.date()}']
 
 def align(
     hypnogram:Hypnogram,
@@ -599,11 +662,10 @@ def align(
     Raises `HypnogramError` when two stages are given for the same time, or too little of what is scored lies in the
     recording."""
     _check_pieces(hypnogram)
-    shift,notes = _shift(hypnogram, start)
+    shift,notes = _shift(hypnogram, start, duration)
     begin,end = hypnogram.onset + shift, hypnogram.onset + shift + hypnogram.duration
     scored = hypnogram.stage >= 0
-    inside = np.clip(np.minimum(end, duration) - np.maximum(begin, 0), 0, None)
-    total,kept = hypnogram.duration[scored].sum(), inside[scored].sum()
+    total,kept = hypnogram.duration[scored].sum(), _inside(hypnogram, shift, duration)[scored].sum()
     if kept < least_inside * total or not kept:
         raise HypnogramError('the hypnogram does not belong to this recording', where=hypnogram.where,
             expected=f'stages between 0 and {duration:g} s of the recording', found=f'{begin.min():g} to {end.max():g} s',
@@ -633,7 +695,33 @@ def _share(begin, end, stage, n):
         share[k, s] += np.minimum(b, (k+1) * EPOCH_SEC) - np.maximum(a, k * EPOCH_SEC)
     return share
 
-# %% ../../nbs/100_data.psg.ipynb #91653f96
+# %% ../../nbs/100_data.psg.ipynb #a20e8e99
+def stages_of(
+    recording:Recording,
+    hypnogram:str|Path|Hypnogram|None=None, # its stages; by default those in the recording itself, if it has any
+    vocabulary:str|None=None,          # as for `read_hypnogram`
+    column:str|None=None,              # as for `read_hypnogram`
+    epoch_sec:float=EPOCH_SEC,         # as for `read_hypnogram`
+)->tuple[np.ndarray, float, list[str]]: # stages `(epochs,)`, all −1 if there are none; seconds to the first epoch; notes
+    """Puts a hypnogram on the epochs of a recording.
+
+    Raises `HypnogramError` when it cannot be read, or does not belong to the recording."""
+    found = None
+    if isinstance(hypnogram, Hypnogram): found = hypnogram
+    elif hypnogram is not None: found = read_hypnogram(hypnogram, vocabulary, epoch_sec, column)
+    elif events := _own_events(recording):
+        found = _pieces(events, recording.where, recording.start, False, vocabulary, epoch_sec)
+    cut = getattr(recording.source, 'cut', 0)
+    if found and found.start is None and cut and found.where != recording.where:
+        raise HypnogramError('stages without a start time cannot be put on a Raw that was cropped', where=found.where,
+            found=f'{cut:g} s were cut', remedy='Give the stages a start: replace(read_hypnogram(…), start=…).')
+    if found:
+        stages,first,notes = align(found, recording.duration, recording.start, recording.source.least_inside)
+        return stages, first, [*found.notes, *notes]
+    n = int((recording.duration + 1e-3) // EPOCH_SEC)
+    return np.full(n, UNSCORED, np.int8), 0., ['there is no hypnogram']
+
+# %% ../../nbs/100_data.psg.ipynb #57a8a8d9
 def counts_as_text(
     stages:np.ndarray, # stage codes, −1 for unscored
 )->str:                # such as `3 unscored, W 20, N2 7`
@@ -655,6 +743,7 @@ class Night:
     missing:tuple=()         # channels that were wanted and are not there
     where:str=''             # the file
     notes:list[str]=field(default_factory=list) # what was left out, derived or assumed
+    onset:float=0.           # of the first epoch, seconds from the start of the recording
 
     def __repr__(self):
         epochs = plural(len(self.stages), 'epoch')
@@ -685,24 +774,66 @@ def _check_amplitudes(
             remedy='Say which unit the numbers have, for example unit="V" or unit="uV".')
     return notes
 
-# %% ../../nbs/100_data.psg.ipynb #b84c1876
+# %% ../../nbs/100_data.psg.ipynb #3fb73c03
+def _measures(
+    name:str, # as recorded
+    aliases:dict[str, str]|None,
+)->bool:
+    "Is it EEG, EOG, EMG or ECG by its name?"
+    return bool(name.strip()) and parse_channel(name, aliases).modality is not Modality.OTHER
+
+def _left_out(
+    recording:Recording,
+    wanted:list[str]|None=None,        # channels asked for by name
+    aliases:dict[str, str]|None=None,
+)->dict[int, str]: # number → why
+    asked = {o for c in map(parse_channel, wanted or () if recording.unusable else ()) for o in (c.site, c.reference)}
+    return {i: why for i,why in recording.unusable.items() if _measures(n := recording.names[i], aliases)
+            and parse_channel(n, aliases).site not in asked}
+
+def usable_names(
+    recording:Recording,
+    wanted:list[str]|None=None,        # channels asked for by name
+    aliases:dict[str, str]|None=None,  # the recording's own names → what they are
+)->tuple[list[str], list[str]]:        # of its channels, empty for those that are not to be used; notes
+    """The names among which channels are chosen.
+
+    Raises `RecordingError` when it has channels, and none may be used."""
+    left = _left_out(recording, wanted, aliases)
+    names = ['' if i in left else n for i,n in enumerate(recording.names)]
+    notes = [f'{recording.names[i]} is left out: {why}' for i,why in left.items()]
+    if left and not any(_measures(n, aliases) for n in names):
+        raise RecordingError('no channel may be used', where=recording.where, found='; '.join(notes),
+            remedy='Correct raw.info["bads"], or the types by raw.set_channel_types; or ask for channels by name.')
+    return names, notes
+
+def with_unusable(
+    found:ResolvedMontage, # of names from `usable_names`
+    recording:Recording,
+)->ResolvedMontage:        # with the names of all, and why they are left out
+    left = {i: recording.unusable[i] for i,c in enumerate(found.recorded) if not c.recorded and i in recording.unusable}
+    recorded = [parse_channel(recording.names[i]) if i in left else c for i,c in enumerate(found.recorded)]
+    return replace(found, recorded=recorded, unused=found.unused | left)
+
+# %% ../../nbs/100_data.psg.ipynb #f016fd72
 def _pick(
     recording:Recording,
     wanted:list[str]|None,
     aliases:dict[str, str]|None,
 )->tuple[list[Channel], list[dict], list[str], tuple]: # channels; per channel: number in the file → sign; notes; missing
+    names,left = usable_names(recording, wanted, aliases)
     if wanted is not None:
-        found = resolve_montage(recording.names, wanted, aliases, recording.where)
+        found = resolve_montage(names, wanted, aliases, recording.where)
         made = [(d.got, d.terms) for d in found.derivations if d.terms]
-        notes = [f'{d.wanted.name}: {d.how}, {d.details}' for d in found.derivations if d.how != 'recorded']
+        notes = left + [f'{d.wanted.name}: {d.how}, {d.details}' for d in found.derivations if d.how != 'recorded']
         missing = tuple(d.wanted.name for d in found.derivations if not d.terms)
         return [c for c,_ in made], [t for _,t in made], notes, missing
-    channels = [parse_channel(n, aliases) if n.strip() else Channel(n, '', None, Modality.OTHER) for n in recording.names]
+    channels = [parse_channel(n, aliases) if n.strip() else Channel(n, '', None, Modality.OTHER) for n in names]
     used = [(c, {i: 1}) for i,c in enumerate(channels) if c.modality is not Modality.OTHER]
     if not used:
         raise RecordingError('no channel is EEG, EOG, EMG or ECG by its name', where=recording.where,
             found=', '.join(recording.names), remedy='Say what they are: aliases={"its name": "C3-M2"}.')
-    return [c for c,_ in used], [t for _,t in used], [], ()
+    return [c for c,_ in used], [t for _,t in used], left, ()
 
 def _combine(
     recording:Recording,
@@ -739,7 +870,7 @@ def read_night(
     if not recording.names:
         raise RecordingError('this file holds no signals', where=recording.where, expected='a recording', remedy=_SECOND)
     channels,terms,notes,missing = _pick(recording, wanted, aliases)
-    stages,first,more = _stages(recording, hypnogram, vocabulary=vocabulary, column=column, epoch_sec=epoch_sec)
+    stages,first,more = stages_of(recording, hypnogram, vocabulary, column, epoch_sec)
     if not len(stages):
         raise RecordingError('the recording is shorter than one epoch', where=recording.where,
                              expected=f'{EPOCH_SEC} s or more', found=f'{recording.duration:g} s')
@@ -751,30 +882,10 @@ def read_night(
         x.append(signal[a:a + round(len(stages) * EPOCH_SEC * fs)])
         rates.append(fs)
     start = recording.start and recording.start + timedelta(seconds=first)
-    made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes)
+    made = Night(x, rates, channels, stages, start, cohort, subject, night, missing, recording.where, notes, first)
     return replace(made, notes=notes + _check_amplitudes(made))
 
-def _stages(recording, hypnogram, **how):
-    "Stages of the recording's epochs, from a file, from the recording itself, or none."
-    found = None
-    if isinstance(hypnogram, Hypnogram): found = hypnogram
-    elif hypnogram is not None: found = read_hypnogram(hypnogram, **how)
-    else:
-        events = [e for e in recording.source.events()                                       # no mere markers
-                  if e[1] or 'stage' in e[2].casefold() or _ENDS_A_STAGE.fullmatch(e[2])]
-        if any(stage_of_word(e[2]) in [*Stage] for e in events):
-            found = _pieces(events, recording.where, recording.start, False, how['vocabulary'], how['epoch_sec'])
-    if found and found.start is None and (cut := getattr(recording.source, 'cut', 0)) and hypnogram is not None:
-        raise HypnogramError('stages without a start time cannot be put on a Raw that was cropped', where=found.where,
-            found=f'{cut:g} s were cut', remedy='Give the stages a start: replace(read_hypnogram(…), start=…).')
-    if found:
-        least = .9 if isinstance(recording.source, _EdfSource) else 0.
-        stages,first,notes = align(found, recording.duration, recording.start, least)
-        return stages, first, [*found.notes, *notes]
-    n = int((recording.duration + 1e-3) // EPOCH_SEC)
-    return np.full(n, UNSCORED, np.int8), 0., ['there is no hypnogram']
-
-# %% ../../nbs/100_data.psg.ipynb #7ebdff2c
+# %% ../../nbs/100_data.psg.ipynb #3f925b22
 def named_after(
     path:str|Path,      # may be a hypnogram
     recording:str|Path,
@@ -799,28 +910,48 @@ def _may_be_hypnogram(path:Path)->bool: # a text that is no other table of BIDS,
         except RecordingError: return False
     return _is_text(path) and not re.search(r'_(channels|electrodes|scans|sessions)\.tsv$', path.name)
 
-def find_hypnogram(
-    recording:str|Path,
-)->Path|None:
-    """The file beside a recording that holds its stages by its name; `None` if there is none.
-
-    Raises `HypnogramError` when several could be meant."""
-    recording = Path(recording).expanduser()
+def _beside(
+    recording:Path,
+)->tuple[list[Path], list[str]]: # files that may be its hypnogram; notes
+    found,notes = [], []
     cassette = re.match(r'S[CT]4\d{3}(?=[A-Z]\d-PSG)', recording.name)               # SC4001E0-PSG, SC4001EC-Hypnogram
     def fits(name): return cassette and name.startswith(cassette[0]) and 'Hypnogram' in name or named_after(name, recording)
-    found = [p for p in sorted(recording.parent.iterdir()) if p != recording and fits(p.name) and _may_be_hypnogram(p)]
-    found = [p for p in found if 'hypno' in p.name.casefold()] or found
+    try: near = [p for p in sorted(recording.parent.iterdir()) if p != recording and fits(p.name)]
+    except OSError as error:
+        return [], [f'no hypnogram is looked for beside it, for the folder cannot be listed ({error.strerror})']
+    for p in near:
+        try: found += [p] * _may_be_hypnogram(p)
+        except OSError as error: notes.append(f'{p.name} cannot be read ({error.strerror}), and is passed over')
+    return [p for p in found if 'hypno' in p.name.casefold()] or found, notes
+
+def _the_one(
+    found:list[Path],
+    recording:Path,
+)->Path|None:
     if len(found) > 1:
         raise HypnogramError('several files could be the hypnogram', where=recording, expected='one',
                              found=', '.join(p.name for p in found))
     return found[0] if found else None
 
-# %% ../../nbs/100_data.psg.ipynb #cc1a3d20
+def find_hypnogram(
+    recording:str|Path,
+)->Path|None:
+    """The file beside a recording that holds its stages by its name; `None` if there is none.
+
+    Warns of files that cannot be read. Raises `HypnogramError` when several could be meant."""
+    recording = Path(recording).expanduser()
+    found,notes = _beside(recording)
+    for note in notes: warnings.warn(f'{recording}: {note}')
+    return _the_one(found, recording)
+
+# %% ../../nbs/100_data.psg.ipynb #3d13fb66
 def _found_stages(recording, path, notes):
     "What `describe` says of the stages; what is wrong with them goes into the notes."
+    beside,why = _beside(path)
+    notes += why
     try:
-        beside = find_hypnogram(path)
-        stages,_,more = _stages(recording, beside, vocabulary=None, column=None, epoch_sec=EPOCH_SEC)
+        beside = _the_one(beside, path)
+        stages,_,more = stages_of(recording, beside)
     except HypnogramError as error: more,stages = [str(error)], np.array([UNSCORED])
     notes += more
     if (stages < 0).all(): return None
@@ -837,15 +968,17 @@ def describe(
     if not recording.names:
         raise RecordingError('this file holds no signals', where=recording.where, expected='a recording',
                              remedy='Hypnograms are found by the name of their recording.')
-    notes,wanted = list(recording.notes), staging_channels(recording.names)
-    found = resolve_montage(recording.names, wanted) if wanted else None
+    left = _left_out(recording)
+    names = ['' if i in left else n for i,n in enumerate(recording.names)]
+    notes,wanted = list(recording.notes), staging_channels(names)
+    found = with_unusable(resolve_montage(names, wanted), recording) if wanted else None
     channels = []
     for i,(name,fs) in enumerate(zip(recording.names, recording.fs)):
         c = found.recorded[i] if found else parse_channel(name) if name.strip() else Channel(name, '', None, Modality.OTHER)
-        reason = found.unused.get(i, '') if found else 'not EEG, eye or chin by its name'
+        reason = found.unused.get(i, '') if found else left.get(i, 'not EEG, eye or chin by its name')
         canonical = None if c.modality is Modality.OTHER else c.name
         channels.append(dict(recorded=name, canonical=canonical, modality=str(c.modality), sfreq=fs, used=not reason,
                              reason=reason.replace('not asked for', 'staging does not need it')))
-    hypnogram = _found_stages(recording, path, notes)
+    hypnogram = _found_stages(recording, Path(path).expanduser(), notes)
     return dict(file=str(path), start=recording.start and recording.start.isoformat(), duration_s=recording.duration,
                 channels=channels, hypnogram=hypnogram, notes=notes)
