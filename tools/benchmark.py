@@ -1,11 +1,12 @@
 """Measures sleepnb beside other ways to do the same, and writes nbs/artifacts/benchmark_*.csv.
 
-    python tools/benchmark.py [data|training|staging] [--repeats 5]
+    python tools/benchmark.py [data|training|staging|models] [--repeats 5]
 
 Each measurement is a process of its own, with one thread, warmed up; the ways alternate. What is written for `data`: CPU
 seconds of the work alone, and the peak memory of the process, imports included. For `training`, both ways run in the
 same process, by turns first, and CPU seconds of a step are written. For `staging`, all that a command costs, from its
-start to its end, and where its seconds go; the recording is that in the folder that SLEEPNB_DATA names."""
+start to its end, and where its seconds go; the recording is that in the folder that SLEEPNB_DATA names. For `models`,
+what an epoch costs in a network that is held in memory, in evaluation."""
 import argparse, csv, json, os, platform, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -234,12 +235,72 @@ def benchmark_staging(folder, repeats):
                 print(rows[-1], flush=True)
     return rows
 
+TWO = "['Fpz-Cz', 'Pz-Oz']"
+MODELS = { # name → code that defines `model` and `give(batch)`
+    **{f'MTSSRL-MD, {o}': f"""
+from sleepnb.models.network import Backbone, StageNetwork
+model = StageNetwork(Backbone(dict(S={TWO}), {o!r}))
+def give(b): return ((torch.arange(b), dict(S=part(b, 2))),)
+""" for o in ('compact', 'full')},
+    'FeatureNet, EEG': """
+from sleepnb.models.featurenet import FeatureNet
+made = FeatureNet(2)
+model = torch.nn.Sequential(made, made.classifier())
+def give(b): return (torch.randn(b, 2, 3000),)
+""",
+    'FeatureNet, EEG, EOG and EMG': """
+from sleepnb.multimodal.sleepsmc import SleepSMC
+class Staged(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.smc = SleepSMC(dict(S=['Fpz-Cz', 'Pz-Oz', 'HEOG', 'Chin']), primary=None)
+    def forward(self, *batch): return self.smc.stage(batch)
+model = Staged()
+def give(b): return torch.arange(b), dict(S=dict(EEG=part(b, 2), EOG=part(b, 1), EMG=part(b, 1)))
+"""}
+MEASURE_MODEL = """
+import torch
+from sleepnb.models.layers import count_macs, count_parameters
+torch.set_num_threads(1)
+torch.manual_seed(0)
+def part(b, c):
+    return dict(x=torch.randn(b, c, 3000), median=torch.zeros(b, c), scale=torch.ones(b, c), there=torch.ones(b, c, dtype=torch.bool),
+                at=torch.arange(b))
+exec(sys.argv[1])
+model.eval()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+took = {}
+with torch.inference_mode():
+    for b,n in ((1, 60), (64, 6)):
+        batch = give(b)
+        for _ in range(3): model(*batch)
+        each = []
+        for _ in range(n):
+            start = time.process_time()
+            model(*batch)
+            each.append(time.process_time() - start)
+        took[b] = float(np.median(each))
+        if b == 1: peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+macs = count_macs(model, *give(1))
+print(json.dumps(dict(parameters=count_parameters(model), macs=macs, ms=took[1]*1000, epochs_per_s=64 / took[64], mb=(peak - before) / 1024)))
+"""
+
+def benchmark_models(folder, repeats):
+    "What a network in memory takes for one epoch, and how many it stages in a second."
+    rows = []
+    for i in range(repeats):
+        for model,code in MODELS.items():
+            made = measure_whole(PREAMBLE + MEASURE_MODEL, code)[2]
+            rows.append(dict(model=model, repeat=i, machine=MACHINE, threads=1, **{k: round(v, 3) for k,v in made.items()}))
+            print(rows[-1], flush=True)
+    return rows
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('what', nargs='?', choices=('data', 'training', 'staging'), default='data')
+    parser.add_argument('what', nargs='?', choices=('data', 'training', 'staging', 'models'), default='data')
     parser.add_argument('--repeats', type=int, default=5)
     args = parser.parse_args()
-    benchmark = dict(data=benchmark_data, training=benchmark_training, staging=benchmark_staging)[args.what]
+    benchmark = dict(data=benchmark_data, training=benchmark_training, staging=benchmark_staging, models=benchmark_models)[args.what]
     with tempfile.TemporaryDirectory() as folder: rows = benchmark(Path(folder), args.repeats)
     with (OUT/f'benchmark_{args.what}.csv').open('w', newline='') as f:
         writer = csv.DictWriter(f, rows[0], lineterminator='\n')
