@@ -104,12 +104,28 @@ def test_names_and_order_do_not_matter(stager, whole, x):
     assert {*other.channels.channel[other.channels.used]} == {'C3-M2', 'C4-M1', 'E1-E2', 'Chin'}
     close(whole, other)
 
+@pytest.mark.parametrize('fast', [0, 2])
+def test_electrodes_and_their_references_may_have_different_rates(stager, whole, x, fast):
+    "Either comes at twice the rate of the other."
+    half = resample_poly(x, 1, 2, axis=1)
+    made = [x[i] if (i in (0, 1)) == (fast == 0) else half[i] for i in range(7)]
+    fs = [200 if len(o) == x.shape[1] else 100 for o in made]
+    found = stager.stage(Night([o.astype(np.float32) for o in made], fs, [parse_channel(n) for n in NAMES], np.full(40, -1, np.int8)))
+    assert list(found.channels.channel[found.channels.used])[:2] == ['C3-M2', 'C4-M1'] and (found.quality == 'good').all()
+    assert abs(found.prob - whole.prob).mean() < .02
+    made[0] = made[0].copy()
+    made[0][10*30*fs[0] + 7] = np.nan                                         # of one epoch; the other channel is left
+    found = stager.stage(Night([made[i].astype(np.float32) for i in (0, 3)], [fs[0], fs[3]], [parse_channel(n) for n in ('C3', 'A2')],
+                               np.full(40, -1, np.int8)))
+    assert list(np.flatnonzero(found.quality != 'good')) == [10] and found.quality[10] == 'missing'
+
 def test_any_subset_of_modalities(stager, x):
     one = {'EEG': stager.stage(night(x[:4], NAMES[:4])), 'EOG': stager.stage(night(x[4:6], NAMES[4:6])),
            'EMG': stager.stage(night(x[6:], NAMES[6:]))}
     for m,found in one.items():
         assert found.modalities == (m,) and (found.stages >= 0).all()
         close(found, stager.stage(night(x), [m]), 1e-5)
+        close(found, stager.stage(night(x), m.lower()), 1e-5)
     assert stager.stage(night(x), ('EMG', 'EEG')).modalities == ('EEG', 'EMG')
     with pytest.raises(MontageError, match='no channel of EOG'): stager.stage(night(x[:4], NAMES[:4]), ['EEG', 'EOG'])
     with pytest.raises(SleepnbError, match='found ECG'): stager.stage(night(x), ['ECG'])
@@ -157,6 +173,13 @@ def test_muscle_that_is_off(stager, x):
     bad = x[6:].copy()
     bad[:, 120000:] = 7.
     assert list(stager.stage(night(bad, ['Chin'])).quality) == ['good']*20 + ['flat']*20
+
+@pytest.mark.parametrize('value', [0, 1.1, -150])
+def test_an_eeg_that_is_flat_throughout_is_no_matter_of_units(stager, x, tmp_path, value):
+    Edf([EdfSignal(np.full(x.shape[1], value), 200, label='C3-M2', physical_dimension='uV', physical_range=(-187.5, 187.5)),
+         EdfSignal(x[6].astype(float), 200, label='Chin', physical_dimension='uV', physical_range=(-3000, 3000))]).write(tmp_path/'flat.edf')
+    found = stager.stage(tmp_path/'flat.edf')
+    assert found.channels.set_index('channel').epochs_flat['C3-M2'] == 40 and (found.stages >= 0).all()
 
 def test_a_bad_channel_counts_as_missing(stager, x):
     pair = np.stack([x[0] - x[3], x[1] - x[2]])
@@ -275,6 +298,8 @@ def test_several_nights_with_bad_ones(stager, edf, tmp_path, capsys):
     done,failed = stager.stage_all([edf, text, cut, tmp_path/'none.edf', edf])
     assert [o.name for o in done] == ['home', 'home'] and [Path(p).name for p in failed] == ['text.edf', 'cut.edf', 'none.edf']
     assert all('\n' not in why for why in failed.values())
+    for one in (str(edf), edf):
+        with pytest.raises(SleepnbError, match='several recordings are a list'): stager.stage_all(one)
     assert 'staging' in capsys.readouterr().err
     assert not stager.stage_all([], progress=False)[0]
     with pytest.raises(SleepnbError, match='differ in number'): stager.stage_all([edf], [None, None])
