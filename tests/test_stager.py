@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mne
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from edfio import Edf, EdfSignal
@@ -100,7 +101,6 @@ def test_names_and_order_do_not_matter(stager, whole, x):
     spelled = ['EMG Chin', 'M2', 'EEG C3', 'EOG ROC', 'EEG A1-Ref', 'e1', 'c4']
     other = stager.stage(night(x[order], spelled))
     close(whole, stager.stage(night(np.stack([x[0]-x[3], x[1]-x[2], x[4]-x[5], x[6]]), ['EEG C3-A2', 'C4_M1', 'HEOG', 'Chin'])))
-    close(other, stager.stage(night(x[order], spelled)))
     assert {*other.channels.channel[other.channels.used]} == {'C3-M2', 'C4-M1', 'E1-E2', 'Chin'}
     close(whole, other)
 
@@ -219,6 +219,32 @@ def test_quality_of_simulated_nights():
     words = [signal_quality(o, 100, m) for o,m in zip(made.x, ['EEG', 'EEG', 'EOG', 'EMG'])]
     assert (np.array(words) != 'good').mean() < .005
 
+@pytest.mark.parametrize('fs', [1, 100])
+def test_an_envelope_goes_to_the_network_as_it_is(network, stager, fs):
+    "Each value held for its second; or smooth, at the rate of a signal."
+    g = np.random.default_rng(0)
+    envelope = 5 + 3*np.sin(np.arange(600*fs) / fs / 7) + (g.random(600) if fs == 1 else 0)
+    found = stager.stage(Night([envelope.astype(np.float32)], [fs], [parse_channel('Chin')], np.full(20, -1, np.int8)))
+    signal = np.repeat(envelope, 100 // fs)
+    low,median,high = np.percentile(signal, [25, 50, 75])
+    full = torch.ones(20, 1)
+    part = dict(x=torch.tensor(signal.reshape(20, 1, 3000), dtype=torch.float32), median=full*median, scale=full*(high - low)/1.349,
+                there=full > 0, at=torch.arange(20))
+    with torch.no_grad(): expected = network.stage((torch.arange(20), {'home': dict(EMG=part)}), ('EMG',)).softmax(-1)
+    np.testing.assert_allclose(found.prob, expected, atol=1e-3)
+
+def test_an_envelope_is_said_to_be_unreliable(stager, x):
+    chin,of = np.abs(np.random.default_rng(0).normal(5, 1, 13*3600)).astype(np.float32), [parse_channel(n) for n in ('C3-M2', 'Chin')]
+    eeg = np.tile(resample_poly(x[0] - x[3], 1, 2)[:30000], 156).astype(np.float32)
+    def notes(hours, k):
+        n = int(hours*120)
+        made = Night([o[:round(n*30*fs)] for o,fs in ((eeg, 100), (chin, 1))][k], [100, 1][k], of[k], np.full(n, -1, np.int8))
+        return [o for o in stager.stage(made).notes if 'unreliable' in o]
+    both,alone = slice(0, 2), slice(1, 2)
+    assert notes(.1, both) == [] and notes(.1, alone) == ['Chin is an envelope of muscle, which is unreliable by itself']
+    assert notes(13, both) == ['Chin is an envelope of muscle, which is unreliable in a recording of more than 12 h']
+    assert not [o for o in stager.stage(night(x[6:], ['Chin'])).notes if 'unreliable' in o]
+
 def test_nan_in_a_raw(stager, x):
     raw = mne.io.RawArray(np.stack([x[0] - x[3]])*1e-6, mne.create_info(['C3-M2'], 200, 'eeg'), verbose='error')
     raw._data[0, 120000:126000] = np.nan
@@ -285,6 +311,17 @@ def test_files_read_back(stager, edf, tmp_path, name):
     found = stager.stage(edf)
     read = read_hypnogram(found.write(tmp_path/name))
     assert (align(read, 40*30, found.start)[0] == found.stages).all()
+
+def test_what_is_written_begins_where_staging_begins(stager, edf, tmp_path):
+    "Scoring begins after 45 s, so the first epoch after 15."
+    raw = mne.io.read_raw_edf(edf, preload=True, verbose='error')
+    found = stager.stage(edf, hypnogram=Hypnogram('scored', 45. + 30*np.arange(30), np.full(30, 30.), STAGES[:30].astype(np.int8)))
+    for name in ('a.csv', 'a.tsv', 'a_events.tsv', 'a.edf'):
+        stages,first,_ = align(read_hypnogram(found.write(tmp_path/name)), 40*30, found.start)
+        assert first == 15 and (stages[:39] == found.stages).all()
+    assert (pd.read_csv(tmp_path/'a.csv').onset == 15 + 30*np.arange(39)).all()
+    raw.set_annotations(found.annotations())
+    assert raw.annotations.onset[0] == 15 and raw.annotations.onset[-1] + raw.annotations.duration[-1] == 15 + 39*30
 
 def test_annotations_go_on_the_raw(stager, edf):
     raw = mne.io.read_raw_edf(edf, preload=True, verbose='error')
