@@ -223,7 +223,7 @@ def test_quality_of_simulated_nights():
 def test_an_envelope_goes_to_the_network_as_it_is(network, stager, fs):
     "Each value held for its second; or smooth, at the rate of a signal."
     g = np.random.default_rng(0)
-    envelope = 5 + 3*np.sin(np.arange(600*fs) / fs / 7) + (g.random(600) if fs == 1 else 0)
+    envelope = 5 + 3*np.sin(np.arange(600*fs) / fs / 7) + (g.random(600) if fs == 1 else 2*np.sin(np.arange(60000)/8))
     found = stager.stage(Night([envelope.astype(np.float32)], [fs], [parse_channel('Chin')], np.full(20, -1, np.int8)))
     signal = np.repeat(envelope, 100 // fs)
     low,median,high = np.percentile(signal, [25, 50, 75])
