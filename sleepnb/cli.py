@@ -387,7 +387,7 @@ def supervised(
     learn = supervised_learner(dls, lr=lr, patience=max(1, passes//3), seed=seed, backbone=dict(drop=0.)) # as pretraining
     _train(learn, passes, out, 'training', labels=labels)
 
-# %% ../nbs/640_cli.ipynb #43c83963
+# %% ../nbs/640_cli.ipynb #018b004e
 _stores = typer.Argument(metavar='STORE...', help='Prepared cohorts with stages, one or several.')
 _primary = typer.Option('--primary', metavar='MODALITY', help='What will stage: EEG, EOG or EMG; all: whichever are there.')
 _channel_mode = typer.Option('--channel-mode', metavar='MODE', help='joint: filters see all channels of a modality at once; '
@@ -402,6 +402,7 @@ def _train_modalities(what, compare, stores, out, primary, channel_mode, modalit
                       device):
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.learner import sleepsmc_learner
+    primary,modalities = primary.upper().replace('ALL', 'all'), modalities.upper()
     if hide and primary != 'all':
         raise SleepnbError('nothing is hidden from a network that stages with one modality', found=f'--hide {hide:g}',
                            remedy='Leave it out, or train with --primary all.')

@@ -696,6 +696,16 @@ def test_wrong_uses_of_stage_are_told_in_one_line_and_leave_nothing(why, shelf, 
     assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
     assert {p: p.stat().st_mtime_ns for p in shelf.rglob('*')} == before
 
+def test_modalities_of_a_training_are_named_in_any_case(monkeypatch):
+    asked = []
+    monkeypatch.setattr('sleepnb.data.loaders.labelled_loaders', lambda *args, modalities, **how: asked.append(modalities))
+    monkeypatch.setattr('sleepnb.learner.sleepsmc_learner', lambda dls, primary, *args, **how: asked.append(primary))
+    monkeypatch.setattr(cli, '_train', lambda *args, **how: None)
+    for primary in ('eog', 'ALL'):
+        done = call('train', 'sleepsmc', 'store', '--out', 'x.safetensors', '--primary', primary, '--modalities', 'eog,Emg')
+        assert done.returncode == 0, done.stderr
+    assert asked == [('EOG', 'EMG'), 'EOG', ('EOG', 'EMG'), None]
+
 def test_stage_takes_the_weights_that_come_along(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr('sleepnb.stager.OWN_WEIGHTS', tmp_path/'own.safetensors')
     done = call('stage', shelf/'night.edf', '--out', tmp_path/'new')
