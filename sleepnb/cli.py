@@ -6,7 +6,7 @@
 __all__ = ['app', 'train', 'main', 'demo', 'simulate', 'info', 'prepare', 'pretrain', 'finetune', 'supervised', 'sleepsmc',
            'featurenet', 'evaluate', 'stage', 'export', 'recipe', 'recipes']
 
-# %% ../nbs/640_cli.ipynb #d1f6c4c0
+# %% ../nbs/640_cli.ipynb #4c035eab
 import json
 import math
 import os
@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .core import HypnogramError, SleepnbError, Stage, WeightsError, plural, unwritable
+from .core import HypnogramError, MontageError, SleepnbError, Stage, WeightsError, plural, unwritable
 
 # %% ../nbs/640_cli.ipynb #e29bd06b
 _plain = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -83,7 +83,7 @@ def main():
     if code == 130: _say('interrupted.' + ' The same command, given again, goes on.'*goes_on)
     sys.exit(code or 0)
 
-# %% ../nbs/640_cli.ipynb #65fefcfe
+# %% ../nbs/640_cli.ipynb #56281a50
 _ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column')
 
 def _in_shell(error:Exception)->Exception:
@@ -91,10 +91,20 @@ def _in_shell(error:Exception)->Exception:
     if isinstance(error, SleepnbError) and error.remedy:
         remedy = re.sub(r'aliases=\{"(.*?)": "(.*?)"\}', r'--alias "\1=\2"', error.remedy)
         remedy = re.sub(rf'\b({"|".join(_ARGUMENTS)})= ?', lambda m: f'--{_ARGUMENTS[m[1]]} ', remedy)
+        remedy = remedy.replace('another place, or replace it: replace=True', 'another folder: --out DIR, or replace it: --force')
         error.remedy = re.sub(r' (?=[.;,])', '', remedy)
     return error
 
-# %% ../nbs/640_cli.ipynb #3edfd753
+def _check_folder(
+    folder:Path,  # may not exist yet
+    remedy:str,
+):
+    "Raises `SleepnbError` where nothing can be written."
+    if there := unwritable(folder.expanduser()):
+        raise SleepnbError('nothing can be written there', where=folder, remedy=remedy,
+                           found=f'{there} is {"not yours to write to" if there.is_dir() else "a file"}')
+
+# %% ../nbs/640_cli.ipynb #d9e2ed6e
 @app.command(epilog='''\b
 Examples:
   sleepnb demo
@@ -110,13 +120,15 @@ def demo(
     Three simulated cohorts with different channels pretrain an encoder; a twentieth of the stages of one fine-tunes it; the
     same network learns from scratch. Both stage simulated people whom they have not seen, and a real night. DIR/report.html
     tells what came out."""
+    _check_folder(out, 'Name another folder: --out DIR.')
+    if sys.stderr.isatty(): _say('libraries are loaded, which may take half a minute the first time')
     from sleepnb.callbacks import keep_memory
     from sleepnb.demo import run_demo, summary
     keep_memory()
     typer.echo(summary(run_demo(out, scale)))
     typer.echo(f'\n{out.expanduser().absolute()/"report.html"}')
 
-# %% ../nbs/640_cli.ipynb #7a708e5d
+# %% ../nbs/640_cli.ipynb #a3786024
 @app.command()
 def simulate(
     cohort:Annotated[str, typer.Argument(help='sleep-edf (-20, -78), isruc (-s1, -s3), mass or anphy.')],
@@ -129,6 +141,7 @@ def simulate(
     jobs:Annotated[int, typer.Option(help='Processes.')]=1,
 ):
     "Write simulated nights as files, in the layout of a dataset and with its surprises."
+    _check_folder(folder, 'Name another folder.')
     from sleepnb.data.simulated import simulate
     made = simulate(cohort, folder, subjects, nights, hours, seed, whole_cap, jobs, sys.stderr.isatty())
     typer.echo(f'{folder}: {plural(len(made.nights), "simulated night")} in the layout of {cohort}')
@@ -374,7 +387,7 @@ def supervised(
     learn = supervised_learner(dls, lr=lr, patience=max(1, passes//3), seed=seed, backbone=dict(drop=0.)) # as pretraining
     _train(learn, passes, out, 'training', labels=labels)
 
-# %% ../nbs/640_cli.ipynb #43c83963
+# %% ../nbs/640_cli.ipynb #018b004e
 _stores = typer.Argument(metavar='STORE...', help='Prepared cohorts with stages, one or several.')
 _primary = typer.Option('--primary', metavar='MODALITY', help='What will stage: EEG, EOG or EMG; all: whichever are there.')
 _channel_mode = typer.Option('--channel-mode', metavar='MODE', help='joint: filters see all channels of a modality at once; '
@@ -389,6 +402,7 @@ def _train_modalities(what, compare, stores, out, primary, channel_mode, modalit
                       device):
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.learner import sleepsmc_learner
+    primary,modalities = primary.upper().replace('ALL', 'all'), modalities.upper()
     if hide and primary != 'all':
         raise SleepnbError('nothing is hidden from a network that stages with one modality', found=f'--hide {hide:g}',
                            remedy='Leave it out, or train with --primary all.')
@@ -523,7 +537,7 @@ def evaluate(
     if subsets: found['subsets'] = _subsets(learn)
     typer.echo(json.dumps(found) if as_json else _as_text(found))
 
-# %% ../nbs/640_cli.ipynb #58e2f3ba
+# %% ../nbs/640_cli.ipynb #983cf199
 _Format = StrEnum('_Format', 'csv tsv bids edf')
 _ENDINGS = dict(csv='_stages.csv', tsv='_stages.tsv', bids='_desc-stages_events.tsv', edf='_stages.edf')
 
@@ -538,9 +552,7 @@ def _places(
     kind:str,    # a key of `_ENDINGS`
     report:bool,
 )->dict[Path, list[Path]]: # recording → what is written of it
-    if there := unwritable(out):
-        raise SleepnbError('nothing can be written there', where=out, remedy='Name another folder: --out DIR.',
-                           found=f'{there} is {"not yours to write to" if there.is_dir() else "a file"}')
+    _check_folder(out, 'Name another folder: --out DIR.')
     made,whose = {}, {}
     for file in files:
         stem = re.sub('_eeg$', '', file.stem) if kind == 'bids' else file.stem
@@ -554,14 +566,24 @@ def _places(
                                remedy='Name another folder: --out DIR.')
     return made
 
-# %% ../nbs/640_cli.ipynb #319f2c31
+# %% ../nbs/640_cli.ipynb #e2f79acc
 def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is none
     from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram
     inside = describe(file)['hypnogram'] # refuses what is no recording
     path = given or find_hypnogram(file) or (file if inside else None)
     return path and read_hypnogram(path, vocabulary, column=column)
 
+def _check_aliases(file, aliases): # of a file without such a channel they would do nothing
+    from sleepnb.data.psg import describe
+    from sleepnb.montage import _clean
+    names = [c['recorded'] for c in describe(file)['channels']] if aliases else []
+    known = {_clean(n).casefold() for n in names}
+    if lost := [a for a in aliases or () if _clean(a).casefold() not in known]:
+        raise MontageError('there is no channel of this name', where=file, found=', '.join(lost), expected=', '.join(names),
+                           remedy='Correct the left side of --alias.')
+
 def _staged(stager, file, given, reading, how): # the staging; the file of the hypnogram, or `None`
+    _check_aliases(file, how['aliases'])
     try:
         scored = _hypnogram_of(file, given, *reading)
         return stager.stage(file, hypnogram=scored, **how), scored and scored.where
@@ -571,7 +593,7 @@ def _staged(stager, file, given, reading, how): # the staging; the file of the h
         _say(f'no agreement is computed. {_told(_in_shell(error))}')
     return stager.stage(file, **how), None
 
-# %% ../nbs/640_cli.ipynb #93dbf3df
+# %% ../nbs/640_cli.ipynb #09df97dc
 def _agreement(staging):
     "With the hypnogram, as JSON has it; `None` without epochs to compare."
     if staging.reference is None or not ((staging.reference >= 0) & (staging.stages >= 0)).any(): return None
@@ -579,10 +601,12 @@ def _agreement(staging):
     return {k: _number(scores[k]) for k in ('kappa', 'macro_f1', 'accuracy')} \
         | dict(f1={s.label: _number(scores[f'f1_{s.label}']) for s in Stage}, epochs=scores['epochs'])
 
-def _staging_as_json(file, staging):
+def _staging_as_json(file, staging, scored, paths):
     used = staging.channels.channel[staging.channels.used]
     return dict(file=str(file), stages=staging.table.stage.tolist(), channels_used=used.tolist(),
-                statistics={k: _number(v) for k,v in staging.statistics.items()}, agreement=_agreement(staging))
+                statistics={k: _number(v) for k,v in staging.statistics.items()}, agreement=_agreement(staging),
+                hypnogram=scored and str(scored), onset=staging.onset, weights=staging.weights,
+                notes=[*staging.notes, *filter(None, [staging.statistics_note])], written=[*map(str, paths)])
 
 _KEY = dict(TST='min', SE='%', SOL='min', WASO='min', Lat_REM='min')
 
@@ -591,7 +615,7 @@ def _staging_as_text(staging, scored, paths):
     values,used = staging.statistics, staging.channels[staging.channels.used]
     flags = [f'{r.channel} {k} {q}' for _,r in used.iterrows() for q in QUALITIES[1:] if (k := r[f'epochs_{q}'])]
     more = ['  ' + ', '.join(f'{k} {"–" if math.isnan(v := values[k]) else f"{v:.1f} {unit}"}' for k,unit in _KEY.items()),
-            f'  flagged epochs: {", ".join(flags) or "none"}']
+            *[f'  note: {o}' for o in [staging.statistics_note] if o], f'  flagged epochs: {", ".join(flags) or "none"}']
     if found := _agreement(staging):
         scores = ', '.join(f'{_SCORES[k]} {_cells(dict(value=found[k], low=None, high=None))[0]}' for k in list(found)[:3])
         more.append(f'  agreement with {scored}: {scores}, over {plural(found["epochs"], "epoch")}')
@@ -599,7 +623,7 @@ def _staging_as_text(staging, scored, paths):
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #2baa8c56
+# %% ../nbs/640_cli.ipynb #abc5342e
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
@@ -625,15 +649,17 @@ def stage(
     kind:Annotated[_Format, typer.Option('--format', help='Of the stages: tables with probabilities, BIDS events, or EDF+ '
         'annotations.')]=_Format.csv,
     report:Annotated[bool, typer.Option('--report', help='Write a page to read, too: STEM_report.html.')]=False,
+    force:Annotated[bool, typer.Option('--force', help='Replace what an earlier stage wrote, even if it was corrected by hand or '
+        'is of another recording.')]=False,
     as_json:Annotated[bool, typer.Option('--json', help='One JSON object per recording instead of text, a line each.')]=False,
 ):
     """Stage recordings.
 
     Writes STEM_stages.csv into the current folder, where STEM is the name of the recording without its ending: onset, duration,
-    stage, probabilities and quality of each epoch.
+    stage, probabilities and quality of each epoch. Other stages that are there already are kept, unless --force is given.
 
-    What fails is reported, and other recordings go on; then the exit code is 1, or 2 if none could be staged. A file is
-    written whole or not at all."""
+    What fails is reported, and other recordings go on; then the exit code is 1, or 2 if nothing was written. A recording
+    without one epoch that can be staged fails, too. A file is written whole or not at all."""
     from sleepnb.stager import Stager
     if hypnogram and len(files) > 1:
         raise SleepnbError('one hypnogram belongs to one recording', where=hypnogram, found=plural(len(files), 'recording'))
@@ -644,8 +670,8 @@ def stage(
         written = []
         try:
             staging,scored = _staged(stager, file, hypnogram, (vocabulary, column), how)
-            written.append(staging.write(paths[0]))
-            if report: written.append(_write_report(staging, paths[1], file, how))
+            written.append(staging.write(paths[0], force))
+            if report: written.append(_write_report(staging, paths[1], file, how, force))
         except Exception as error:
             if os.environ.get('SLEEPNB_DEBUG'): raise
             text = _told(_in_shell(error))
@@ -655,21 +681,27 @@ def stage(
             failed += 1
         if not written: continue
         some = True
-        typer.echo(json.dumps(_staging_as_json(file, staging)) if as_json else _staging_as_text(staging, scored, written))
+        typer.echo(json.dumps(_staging_as_json(file, staging, scored, written)) if as_json
+                   else _staging_as_text(staging, scored, written))
+        if (staging.stages < 0).all():
+            _say(f'{file}: no epoch could be staged, for no channel is good; sleepnb info shows the channels.')
+            failed += 1
     if failed: raise typer.Exit(1 if some else 2)
 
-def _write_report(staging, path, file, how):
+def _write_report(staging, path, file, how, force):
     from sleepnb.report import write_report
-    return write_report(staging, path, file, how['aliases'], how['unit'])
+    return write_report(staging, path, file, how['aliases'], how['unit'], force)
 
-# %% ../nbs/640_cli.ipynb #ea61c953
+# %% ../nbs/640_cli.ipynb #e245516f
 @app.command(epilog='''\b
 Examples:
+  sleepnb export --onnx home.onnx --channels C3-M2,E1-E2,Chin
   sleepnb export stager.safetensors --onnx stager.onnx
   sleepnb export any.safetensors --onnx home.onnx --channels Fpz-Cz,HEOG''')
 def export(
-    weights:Annotated[Path, typer.Argument(metavar='WEIGHTS', help='What finetune or train wrote.')],
     onnx:Annotated[Path, typer.Option('--onnx', metavar='FILE', help='Where it goes; replaced if it exists.')],
+    weights:Annotated[Path|None, typer.Argument(metavar='WEIGHTS', help='What finetune or train wrote. Default: those that come '
+        'with sleepnb.')]=None,
     channels:Annotated[str|None, typer.Option('--channels', metavar='NAMES', help='Channels for which the file will be, with '
         'commas: C3-M2,E1-E2,Chin. Default: those of the training, if there was only one montage.')]=None,
     modalities:Annotated[str|None, typer.Option('--modalities', metavar='NAMES', help='Those to stage with, with commas. '

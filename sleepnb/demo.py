@@ -6,7 +6,7 @@
 __all__ = ['MONTAGES', 'SCALES', 'LABELS', 'NETWORKS', 'METRICS', 'Scale', 'demo_split', 'LossLog', 'verdict', 'run_demo',
            'summary']
 
-# %% ../nbs/635_demo.ipynb #123201cb
+# %% ../nbs/635_demo.ipynb #1f6f6036
 import base64
 import html
 import io
@@ -35,6 +35,7 @@ from .metrics import confusion, score_difference, score_table
 from .montage import parse_channel, plot_montage
 from .plots import plot_confusion, plot_hypnogram
 from .report import html_table
+from .ssrl.masking import BANDS
 from .stager import Stager, Staging
 from .synth import synth_night
 
@@ -251,7 +252,7 @@ def _page(title, parts):
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{html.escape(title)}</title>'
             f'<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n' + '\n'.join(parts) + '\n</body></html>\n')
 
-# %% ../nbs/635_demo.ipynb #a6020bed
+# %% ../nbs/635_demo.ipynb #7d3472ab
 def _draw_montages():
     fig = Figure(figsize=(8.4, 3), layout='constrained')
     for ax,(cohort,(channels,_)) in zip(fig.subplots(1, len(MONTAGES)), MONTAGES.items()):
@@ -260,23 +261,22 @@ def _draw_montages():
 
 def _draw_courses(out):
     logs = {k: json.loads(_log_of(p).read_text()) for k,p in dict(encoder=out/'encoder.safetensors', **_files(out)).items()}
-    fig = Figure(figsize=(8.4, 2.8), layout='constrained')
+    fig = Figure(figsize=(8.4, 3.4), layout='constrained')
     axes = fig.subplots(1, 3)
     axes[0].plot(np.arange(len(logs['encoder']['steps'])) + 1, logs['encoder']['steps'], color='k', lw=1)
     axes[0].set(title='pretraining', xlabel='step', ylabel='loss of all tasks, smoothed')
     tasks = pd.DataFrame(logs['encoder']['tasks'])
     for task,rows in tasks.groupby('task', sort=False):
-        line, = axes[1].plot(rows.pass_ + 1, rows.loss, 'o-', ms=3)
+        line, = axes[1].plot(rows.pass_ + 1, rows.loss, 'o-', ms=3, label=task)
         valid = [p[task] for p in logs['encoder']['passes']]
         axes[1].plot(np.arange(len(valid)) + 1, valid, 'o--', ms=3, color=line.get_color(), alpha=.5)
-        axes[1].annotate(task, (len(rows), rows.loss.iloc[-1]), (6, 0), textcoords='offset points', va='center',
-                         color=line.get_color())
     axes[1].set(title='its tasks', xlabel='pass', ylabel='loss (dashed: validation)')
     for name in ('pretrained', 'scratch'):
         scores = [p['macro_f1'] for p in logs[name]['passes']]
         axes[2].plot(np.arange(len(scores)) + 1, scores, 'o-', ms=3, label=NETWORKS[name])
-    axes[2].set(title='learning to stage', xlabel='pass', ylabel='macro-F1 of validation people')
-    axes[2].legend(frameon=False, fontsize='small')
+    axes[2].set(title='learning to stage', xlabel='pass', ylabel='macro-F1, validation')
+    for ax,n in ((axes[1], 3), (axes[2], 1)): # below, where no curve is
+        ax.legend(frameon=False, fontsize='small', ncols=n, loc='upper center', bbox_to_anchor=(.5, -.2))
     for ax in axes:
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.spines[['top', 'right']].set_visible(False)
@@ -292,7 +292,7 @@ def _draw_nights(nights):
 def _draw_confusions(
     pairs:dict, # title → true stages, stages
 ):
-    fig = Figure(figsize=(3.6*len(pairs), 3.6), layout='constrained')
+    fig = Figure(figsize=(3.6*len(pairs), 4.1), layout='constrained')
     for ax,(title,(true,pred)) in zip(np.ravel(fig.subplots(1, len(pairs))), pairs.items()):
         plot_confusion(confusion(true, pred), ax)
         ax.set_title(title, fontsize='medium')
@@ -325,7 +325,7 @@ def verdict(
     if high < 0: return 'The interval lies below zero: for these people, pretraining did harm.'
     return 'The interval has zero within it: these people do not decide whether pretraining helped.'
 
-# %% ../nbs/635_demo.ipynb #7a2cb34b
+# %% ../nbs/635_demo.ipynb #069b4beb
 def _intro(scale):
     return [_text('What sleepnb does, once and in small, on this machine. For research: sleepnb is not a medical device.'),
         _text('The nights of the cohorts S, I and A are simulated: nobody slept them. One night is real: recording SC4001E0 of',
@@ -336,15 +336,21 @@ def _intro(scale):
               f'one night of {scale.epochs * EPOCH_SEC / 60:.0f} minutes. Their recordings have different channels.'),
         _picture(_draw_montages(), 'Electrodes of the three cohorts: of each derivation, the first.')]
 
+def _learned(out): # how well the tasks of pretraining were done in the last pass
+    last = json.loads(_log_of(out/'encoder.safetensors').read_text())['passes'][-1]
+    def said(task, chance): return f'{last[f"{task} accuracy"]:.2f}, by chance {chance:.2f}'
+    return (f'Its tasks: AUG tells views of an epoch from those of others, TS tells whether epochs are in their order '
+            f'(accuracy {said("TS", 1/2)}), FBM which frequency band was masked (accuracy {said("FBM", 1/len(BANDS))}; '
+            f'both of the last pass, on people who did not train).')
+
 def _on_training(out, scale, facts):
     return ['<h2>Training</h2>',
         _text(f'An encoder was pretrained for {facts["steps"]} steps on {facts["unlabelled"]} epochs of all three cohorts,',
-              'without stages (MTSSRL-MD). Its tasks: AUG tells views of an epoch from those of others, TS finds the order of',
-              'epochs, FBM finds the frequency band that was masked.',
+              'without stages (MTSSRL-MD).', _learned(out),
               f'It was then fine-tuned on {facts["labels"]} scored epochs of S, {LABELS*100:g} % of those of {scale.train}',
               f'people. The same network learned from these {facts["labels"]} from scratch, with as many passes at most.',
-              f'The best pass of each was chosen on other people of S, who validate ({scale.valid}).'),
-        _picture(_draw_courses(out), 'Losses of pretraining, and scores of both networks on the people who validate.')]
+              f'The best pass of each was chosen by {scale.valid} other people of S, who are not those of the test.'),
+        _picture(_draw_courses(out), 'Losses of pretraining, and scores of both networks on the people by whom passes were chosen.')]
 
 def _on_people(tested, results):
     apart = results[(results.network == 'difference') & (results.metric == 'macro_f1')].iloc[0]
@@ -357,12 +363,21 @@ def _on_people(tested, results):
         _picture(_draw_confusions({NETWORKS[k]: (t.stage, t.pred) for k,t in tested.items()}),
                  'Epochs of the simulated test people: true stage, and what each network took it for.')]
 
+def _gained(
+    results:pd.DataFrame, # of the real night
+)->str:
+    "What pretraining gave there, or took."
+    of = results.pivot(index='metric', columns='network', values='value').loc[['macro_f1', 'kappa']]
+    gains = (of.pretrained - of.scratch).round(3)
+    than = [f'{abs(g):.3f} {"higher" if g > 0 else "lower"} than' if g else 'the same as' for g in gains]
+    return f'On this night, macro-F1 after pretraining is {than[0]} from scratch, and κ is {than[1]} from scratch.'
+
 def _on_real_night(nights, results, about):
     first = next(iter(nights.values()))
     return ['<h2>A real night</h2>',
         _text(f'{len(first.stages)} epochs of {first.name}. The two networks learned from simulated people only. {about}',
               'One night of one person says little about a network.'),
-        _score_table(results),
+        _score_table(results), _text(_gained(results)),
         _picture(_draw_nights(nights), 'Stages over the night. Grey: the scorer. Black, below: epochs in which both differ.'),
         _picture(_draw_confusions({NETWORKS[k]: (n.reference, n.stages) for k,n in nights.items()}),
                  'Epochs of the real night: stage of the scorer, and what each network took it for.')]

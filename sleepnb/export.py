@@ -146,7 +146,7 @@ def _traced(
         o.ClearField('metadata_props')                                          # has paths of this machine
     return made
 
-# %% ../nbs/605_export.ipynb #16da82ce
+# %% ../nbs/605_export.ipynb #b5d0318a
 def _metadata(
     stager:Stager,
     of:dict[str, list[int]], # modality → numbers of its channels
@@ -163,7 +163,7 @@ def _metadata(
         weights=stager.name, sleepnb=__version__, use='for research, not a medical device')
 
 def export_onnx(
-    weights:str|Path|Stager,             # a weights file, or a stager
+    weights:str|Path|Stager|None,        # a weights file, or a stager; `None`: the weights that come with sleepnb
     path:str|Path,                       # ends in `.onnx`; replaced if it exists
     channels:Iterable[str]|None=None,    # for which it is, such as `('Fpz-Cz', 'HEOG')`; by default those of training
     modalities:Iterable[str]|None=None,  # to stage with, such as `('EEG', 'EOG')`; by default all that the network stages with

@@ -161,12 +161,19 @@ def stage_annotations(
     if start is not None: start = start.replace(tzinfo=timezone.utc) if start.tzinfo is None else start.astimezone(timezone.utc)
     return mne.Annotations(table.onset, table.duration, 'Sleep stage ' + table.stage, orig_time=start)
 
-# %% ../nbs/580_hypnogram.ipynb #b0a03245
+# %% ../nbs/580_hypnogram.ipynb #d5bec73c
 def write_file(
     path:Path,
     content:bytes,
+    replace:bool=True, # a file with other content?
 ):
-    "As `write_whole`; raises `SleepnbError` where nothing can be written."
+    """As `write_whole`.
+
+    Raises `SleepnbError` where nothing can be written, or another file is there that is not to be replaced."""
+    if not replace and path.exists():
+        if path.read_bytes() == content: return
+        raise SleepnbError('this is there already, and is not the same: of another recording, made with other options, '
+                           'or corrected by hand', where=path, remedy='Name another place, or replace it: replace=True.')
     try: write_whole(path, content)
     except OSError as error:
         raise SleepnbError('the file cannot be written', where=path, found=error.strerror,
@@ -194,7 +201,7 @@ def _edf_bytes(
     Edf([], annotations=notes, recording=who, starttime=start and start.time()).write(made)
     return made.getvalue()
 
-# %% ../nbs/580_hypnogram.ipynb #0971b071
+# %% ../nbs/580_hypnogram.ipynb #a2b592d5
 def write_stages(
     path:str|Path,            # ends in `.csv`, `.tsv`, `_events.tsv` or `.edf`
     stages,                   # stage codes, `(epochs,)`; −1 for unscored
@@ -203,23 +210,25 @@ def write_stages(
     start:datetime|None=None, # of the recording; in EDF only
     epoch_sec=EPOCH_SEC,      # length of an epoch, seconds
     onset=0.,                 # of the first epoch, seconds from the start of the recording
+    replace:bool=True,        # other stages that are there already?
 )->Path:
     """Writes a staged night as a table, BIDS events or EDF+ annotations, as the name of the file says.
 
-    Raises `SleepnbError` for another ending, or where nothing can be written, and `HypnogramError` when there is no epoch."""
+    Raises `SleepnbError` for another ending, as `write_file` does, and `HypnogramError` when there is no epoch."""
     path,table = Path(path).expanduser(), stage_table(stages, prob, quality, epoch_sec, onset)
     if not len(table): raise HypnogramError('there is no epoch to write', where=path)
     kind = path.suffix.casefold()
-    if kind == '.edf': write_file(path, _edf_bytes(stages, start, epoch_sec, onset))
+    if kind == '.edf': write_file(path, _edf_bytes(stages, start, epoch_sec, onset), replace)
     elif kind == '.tsv' and path.stem.endswith('_events'):
         if (sidecar := path.with_suffix('.json')).is_file() and not is_staging(sidecar):
             raise SleepnbError('this sidecar is there already, and was not written by sleepnb', where=sidecar,
                                remedy='Name another place.')
-        write_file(sidecar, json.dumps(_SIDECAR, indent=1).encode())
+        write_file(sidecar, json.dumps(_SIDECAR, indent=1).encode(), replace)
         events = table[['onset', 'duration', 'stage']].rename(columns=dict(stage='trial_type'))
-        write_file(path, events.to_csv(sep='\t', index=False, lineterminator='\n').encode())
+        write_file(path, events.to_csv(sep='\t', index=False, lineterminator='\n').encode(), replace)
     elif kind in ('.csv', '.tsv'):
-        write_file(path, table.to_csv(sep=',' if kind == '.csv' else '\t', index=False, lineterminator='\n').encode())
+        content = table.to_csv(sep=',' if kind == '.csv' else '\t', index=False, lineterminator='\n')
+        write_file(path, content.encode(), replace)
     else: raise SleepnbError('this ending is not known', where=path, expected='.csv, .tsv, _events.tsv or .edf',
                              found=path.suffix or 'none')
     return path

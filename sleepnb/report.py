@@ -104,7 +104,7 @@ def _list(items)->str: return '<ul>' + ''.join(f'<li>{escape(str(o))}</li>' for 
 
 def _fixed(x:float, digits=1)->str: return '–' if np.isnan(x) else f'{x:.{digits}f}'
 
-# %% ../nbs/630_report.ipynb #f6f99847
+# %% ../nbs/630_report.ipynb #0c0d2e6f
 _MEANINGS = dict(
     TIB=('time in bed, here all that was staged', 'min'),
     SPT=('sleep period, from the first epoch of sleep to the last', 'min'), TST=('total sleep time', 'min'),
@@ -115,6 +115,7 @@ _MEANINGS = dict(
 
 def _statistics(
     values:dict[str, float], # as from `sleep_statistics`
+    note:str='',             # what to know of them
 )->str:
     rows = [(name, f'{_fixed(values[name])} {unit}', meaning) for name,(meaning,unit) in _MEANINGS.items()]
     def of(name, key): return [_fixed(values.get(k, np.nan)) for k in (key, f'%{name}', f'Lat_{name}')]
@@ -122,7 +123,7 @@ def _statistics(
     if values['UNS']: stages.append(('unscored', *of('UNS', 'UNS')[:1], '–', '–'))
     return (html_table(['', '', ''], rows, 'statistics')
             + html_table(['stage', 'minutes', '% of TST', 'latency, min'], stages, 'numbers')
-            + '<p>Latencies count from the start of what was staged.</p>')
+            + f'<p>Latencies count from the start of what was staged. {escape(note[:1].upper() + note[1:])}{"." * bool(note)}</p>')
 
 # %% ../nbs/630_report.ipynb #18ec6207
 def _channels(staging:Staging)->str:
@@ -201,24 +202,25 @@ def _page(
 </body></html>
 '''
 
-# %% ../nbs/630_report.ipynb #325d8c33
+# %% ../nbs/630_report.ipynb #10e84efb
 def write_report(
     staging:Staging,
-    path:str|Path,                         # ends in `.html`; replaced if it exists
+    path:str|Path,                         # ends in `.html`
     recording:str|Path|Night|None=None,    # what was staged (a file, an mne `Raw` or a `Night`), for the spectrogram
     aliases:dict[str, str]|None=None,      # as `Stager.stage` was given them
     unit:str|None=None,                    # as `Stager.stage` was given it
+    replace:bool=True,                     # another file that is there already?
 )->Path:
     """Writes a staged night as one HTML file that needs nothing beside it.
 
-    Raises `SleepnbError` for another ending, or where nothing can be written, and `RecordingError` for another recording."""
+    Raises `SleepnbError` for another ending, as `write_file` does, and `RecordingError` for another recording."""
     path = Path(path).expanduser()
     if path.suffix.casefold() not in ('.html', '.htm'):
         raise SleepnbError('a report is HTML', where=path, expected='.html', found=path.suffix or 'no ending')
     signal = None if recording is None else _spectrogram_of(staging, recording, aliases, unit)
     sections = {'': _facts(staging), 'The night': _night_pictures(staging, signal),
-                'Sleep statistics': _statistics(staging.statistics), 'Signals': _channels(staging)}
+                'Sleep statistics': _statistics(staging.statistics, staging.statistics_note), 'Signals': _channels(staging)}
     if staging.reference is not None: sections['Agreement with the scorer'] = _agreement(staging)
     if staging.notes: sections['Notes'] = _list(staging.notes)
-    write_file(path, _page(f'Sleep stages of {staging.name}', sections).encode(errors='replace'))
+    write_file(path, _page(f'Sleep stages of {staging.name}', sections).encode(errors='replace'), replace)
     return path

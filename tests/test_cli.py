@@ -68,6 +68,11 @@ def test_simulate_says_what_is_wrong_in_one_line(tmp_path):
         done = call('simulate', *args)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and why in done.stderr and not (tmp_path/'new').exists()
     assert call('simulate', 'mass').returncode == 2
+    (tmp_path/'text.edf').write_text('This is a text.')
+    for command in (('simulate', 'sleep-edf', tmp_path/'text.edf'), ('demo', '--out', tmp_path/'text.edf')):
+        done = call(*command)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert 'text.edf: nothing can be written there (found' in done.stderr and 'text.edf is a file). Name another folder' in done.stderr
 
 def test_help_and_version():
     assert run('--version').stdout.strip() == f'sleepnb {sleepnb.__version__}'
@@ -131,10 +136,11 @@ def quick(work, cassette):
 
 LABELS = ['EEG C3', 'A2', 'EOG Left', 'EMG Chin', 'ECG I', 'SaO2']
 
-def write_edf(path, labels=LABELS, seconds=95, seed=0):
+def write_edf(path, labels=LABELS, seconds=95, seed=0, white=True): # noise that is white is no EEG
     path.parent.mkdir(parents=True, exist_ok=True)
     g = np.random.default_rng(seed)
-    Edf([EdfSignal(g.normal(0, 20, n*seconds).clip(-99, 99), n, label=l, physical_dimension='uV', physical_range=(-100, 100))
+    def noise(n): return (g.normal(0, 20, n) if white else np.cumsum(g.normal(0, 2, n)) % 160 - 80).clip(-99, 99)
+    Edf([EdfSignal(noise(n*seconds), n, label=l, physical_dimension='uV', physical_range=(-100, 100))
          for l,n in zip(labels, [100, 100, 100, 200, 50, 1])]).write(path)
     return path
 
@@ -408,7 +414,8 @@ def shelf(tmp_path_factory):
     "Recordings of 95 s, weights of networks that have learned nothing, and much that is wrong."
     folder = tmp_path_factory.mktemp('shelf')
     for name in ('night', 'other', 'deep/night'): write_edf(folder/f'{name}.edf', seed=len(name))
-    write_edf(folder/'eyes.edf', ['EOG Left', 'EOG Right'])
+    write_edf(folder/'eyes.edf', ['EOG Left', 'EOG Right'], white=False)
+    write_edf(folder/'noise.edf', ['EOG Left', 'EOG Right'])
     write_edf(folder/'breath.edf', ['Flow', 'Snore', 'ECG'])
     write_edf(folder/'lab.edf', ['one', 'two'])
     write_edf(folder/'short.edf', seconds=20)
@@ -511,8 +518,67 @@ def test_bids_events_of_somebody_else_are_kept(shelf, tmp_path, monkeypatch, the
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and [p.name for p in tmp_path.iterdir()] == [theirs]
     assert f'{theirs}: this is there already, and was not written by sleepnb. Name another folder' in done.stderr
 
+@pytest.mark.parametrize('kind,name', [('csv', 'night_stages.csv'), ('tsv', 'night_stages.tsv'), ('bids', 'night_desc-stages_events.tsv'),
+                                       ('edf', 'night_stages.edf')])
+def test_other_stages_are_replaced_by_force_only(shelf, tmp_path, kind, name):
+    "Of another recording of the same name, or corrected by hand."
+    write_edf(tmp_path/'b'/'night.edf', seconds=185, white=False)
+    command = '@night.edf', '--format', kind, '--out', tmp_path
+    for _ in range(2): assert stage(shelf, *command, '--report').returncode == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.glob('night*')}
+    assert len(before) == 2 + (kind == 'bids')
+    other = tmp_path/'b'/'night.edf', *command[1:]
+    done = stage(shelf, *other)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert f'{name}: this is there already, and is not the same' in done.stderr and '--out DIR, or replace it: --force.' in done.stderr
+    assert {p.name: p.read_bytes() for p in tmp_path.glob('night*')} == before
+    assert stage(shelf, *other, '--force').returncode == 0 and (tmp_path/name).read_bytes() != before[name]
+    if kind == 'edf': return
+    corrected = (tmp_path/name).read_text()[:-2] + '!\n'
+    (tmp_path/name).write_text(corrected)
+    assert stage(shelf, *other).returncode == 2 and (tmp_path/name).read_text() == corrected
+    done = stage(shelf, *other, '--report', '--force')
+    assert done.returncode == 0 and (tmp_path/name).read_text() != corrected
+
+def test_another_report_is_kept_too(shelf, tmp_path):
+    assert stage(shelf, '@night.edf', '--out', tmp_path, '--report').returncode == 0
+    changed = (tmp_path/'night_report.html').read_text().replace('</body>', '<p>A remark.</p></body>')
+    (tmp_path/'night_report.html').write_text(changed)
+    done = stage(shelf, '@night.edf', '--out', tmp_path, '--report')
+    assert done.returncode == 1 and 'but the report failed' in done.stderr and '--force' in done.stderr
+    assert (tmp_path/'night_report.html').read_text() == changed
+
+def test_nothing_that_can_be_staged_is_a_failure(shelf, tmp_path):
+    done = stage(shelf, '@noise.edf', '--out', tmp_path, '--report')
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and 'noise.edf: no epoch could be staged' in done.stderr
+    assert 'TST –, SE –, SOL –, WASO –, Lat_REM –' in done.stdout
+    assert '<td>TST</td><td>– min</td>' in (tmp_path/'noise_report.html').read_text()
+    statistics = json.loads(stage(shelf, '@noise.edf', '--out', tmp_path, '--json').stdout)['statistics']
+    assert {k for k,v in statistics.items() if v is not None} == {'TIB', 'UNS'}
+
+def test_json_holds_what_the_text_says(shelf, tmp_path):
+    write_edf(tmp_path/'late.edf', ['EEG C3-A2', 'EMG Chin'], white=False)
+    (tmp_path/'late.csv').write_text('onset,duration,stage\n5,30,W\n35,30,N2\n')
+    found = json.loads(stage(shelf, tmp_path/'late.edf', '--out', tmp_path, '--json', '--report').stdout)
+    assert (found['hypnogram'], found['onset'], found['weights']) == (str(tmp_path/'late.csv'), 5, 'toy.safetensors')
+    assert found['written'] == [str(tmp_path/f'late_{o}') for o in ('stages.csv', 'report.html')]
+    text = stage(shelf, tmp_path/'late.edf', '--out', tmp_path).stdout
+    assert found['notes'] and [line[8:] for line in text.splitlines() if line.startswith('  note: ')] == found['notes']
+    (tmp_path/'late.csv').unlink()
+    found = json.loads(stage(shelf, tmp_path/'late.edf', '--out', tmp_path/'new', '--json').stdout)
+    assert found['hypnogram'] is None and found['onset'] == 0
+
+def test_statistics_of_a_day_are_not_those_of_a_night(shelf, tmp_path):
+    for name,hours in (('night', 12), ('day', 13)):
+        write_edf(tmp_path/f'{name}.edf', ['EEG C3-A2'], hours*3600, white=False)
+        done = stage(shelf, tmp_path/f'{name}.edf', '--out', tmp_path, '--report')
+        said = [i for i,line in enumerate(done.stdout.splitlines()) if line.startswith(f'  note: the statistics are of all {hours}.0 h')]
+        there = 'The statistics are of all 13.0 h, not of a night' in (tmp_path/f'{name}_report.html').read_text()
+        assert done.returncode == 0 and (len(said), there) == ((1, True) if hours == 13 else (0, False))
+    assert done.stdout.splitlines()[said[0] - 1].startswith('  TST ')
+
 def test_stages_are_told_when_their_report_fails(shelf, tmp_path, monkeypatch):
-    def full(path, content): raise SleepnbError('the file cannot be written', where=path, found='No space left on device')
+    def full(path, content, replace): raise SleepnbError('the file cannot be written', where=path, found='No space left on device')
     monkeypatch.setattr('sleepnb.report.write_file', full)
     done = stage(shelf, '@night.edf', '--out', tmp_path, '--report')
     assert done.returncode == 1 and f'written: {tmp_path/"night_stages.csv"}\n' in done.stdout and (tmp_path/'night_stages.csv').is_file()
@@ -529,8 +595,8 @@ def test_one_is_no_plural(shelf, tmp_path):
 def test_stage_with_names_and_choices_of_ones_own(shelf, tmp_path):
     done = stage(shelf, '@lab.edf', '--alias', 'one=C3-M2', '--alias', 'two=E1-M2', '--out', tmp_path, '--report', '--smooth', '--json')
     assert json.loads(done.stdout)['channels_used'] == ['C3-M2', 'E1-M2'] and 'smoothed' in (tmp_path/'lab_report.html').read_text()
-    for choice in (('--channels', 'C3-M2'), ('--modalities', 'EEG')):
-        done = stage(shelf, '@night.edf', *choice, '--out', tmp_path, '--json')
+    for choice in (('--channels', 'C3-M2'), ('--modalities', 'eeg')):
+        done = stage(shelf, '@night.edf', *choice, '--out', tmp_path/choice[1], '--json')
         assert json.loads(done.stdout)['channels_used'] == ['C3-M2']
 
 def test_a_bad_recording_does_not_stop_the_others(shelf, tmp_path, monkeypatch):
@@ -563,7 +629,7 @@ def test_ctrl_c_leaves_whole_files_only(shelf, tmp_path, monkeypatch, when):
         calls.append(args)
         return press() if len(calls) == {'writing': 3, 'reporting': 4}[when] else whole(*args)
     monkeypatch.setattr(*place, press if when == 'staging' else second)
-    done = stage(shelf, '@night.edf', '@eyes.edf', '--out', tmp_path, '--report')
+    done = stage(shelf, '@night.edf', '@eyes.edf', '--out', tmp_path, '--report', '--force')
     assert done.returncode == 130 and done.stderr.startswith('sleepnb: interrupted.') and len(done.stderr.splitlines()) == 1
     assert {p.name for p in tmp_path.iterdir()} == {'night_stages.csv', 'night_report.html', 'eyes_stages.csv'}
     assert ((tmp_path/'eyes_stages.csv').read_text() == before) == (when != 'reporting')
@@ -597,6 +663,7 @@ STAGE_WRONG = { # why → what follows `sleepnb stage`; --weights are added
     'the recording lacks channels that the network was trained on': ['@eyes.edf', *NEW, '--weights', '@fixed.safetensors'],
     'this unit is not known': ['@night.edf', '--unit', 'kV', *NEW],
     'for example --unit "V" or --unit "uV".': ['@night.edf', '--unit', 'V', *NEW],
+    'lab.edf: there is no channel of this name (expected one, two; found Ch 9)': ['@lab.edf', '--alias', 'one=C3-M2', '--alias', 'Ch 9=C4-M1', *NEW],
     'an alias has two sides': ['@lab.edf', '--alias', 'one', *NEW],
     "'xml' is not one of": ['@night.edf', '--format', 'xml', *NEW],
     'is a file). Name another folder: --out DIR.': ['@night.edf', '--out', '@text.edf'],
@@ -629,13 +696,23 @@ def test_wrong_uses_of_stage_are_told_in_one_line_and_leave_nothing(why, shelf, 
     assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
     assert {p: p.stat().st_mtime_ns for p in shelf.rglob('*')} == before
 
+def test_modalities_of_a_training_are_named_in_any_case(monkeypatch):
+    asked = []
+    monkeypatch.setattr('sleepnb.data.loaders.labelled_loaders', lambda *args, modalities, **how: asked.append(modalities))
+    monkeypatch.setattr('sleepnb.learner.sleepsmc_learner', lambda dls, primary, *args, **how: asked.append(primary))
+    monkeypatch.setattr(cli, '_train', lambda *args, **how: None)
+    for primary in ('eog', 'ALL'):
+        done = call('train', 'sleepsmc', 'store', '--out', 'x.safetensors', '--primary', primary, '--modalities', 'eog,Emg')
+        assert done.returncode == 0, done.stderr
+    assert asked == [('EOG', 'EMG'), 'EOG', ('EOG', 'EMG'), None]
+
 def test_stage_takes_the_weights_that_come_along(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr('sleepnb.stager.OWN_WEIGHTS', tmp_path/'own.safetensors')
     done = call('stage', shelf/'night.edf', '--out', tmp_path/'new')
     assert done.returncode == 2 and 'own.safetensors: there is no such file' in done.stderr and not [*tmp_path.iterdir()]
     shutil.copy(shelf/'toy.safetensors', tmp_path/'own.safetensors')
     done = call('stage', shelf/'night.edf', '--out', tmp_path/'new')
-    assert done.returncode == 0 and 'staged by own.safetensors' in done.stdout
+    assert done.returncode == 0 and 'staged by the weights that come with sleepnb (learned from simulated nights only)' in done.stdout
 # export
 
 def test_an_exported_network_gives_the_probabilities_that_are_evaluated(isruc, tuned, tmp_path):
@@ -651,6 +728,13 @@ def test_an_exported_network_gives_the_probabilities_that_are_evaluated(isruc, t
                   scale=store.scale[night][pick].astype(np.float32))
     assert len(names) == 6 and epochs[['subject', 'night']].drop_duplicates().shape[0] == 1
     np.testing.assert_allclose(session.run(None, inputs)[0], epochs.filter(like='p_'), rtol=0, atol=1e-5)
+
+def test_export_takes_the_weights_that_come_along(tmp_path):
+    done = call('export', '--onnx', tmp_path/'own.onnx')
+    assert done.returncode == 2 and 'Name the channels.' in done.stderr and 'there is no such file' not in done.stderr
+    done = call('export', '--onnx', tmp_path/'own.onnx', '--channels', 'C3-M2')
+    held = onnxruntime.InferenceSession(tmp_path/'own.onnx').get_modelmeta().custom_metadata_map
+    assert done.returncode == 0 and held['weights'].startswith('the weights that come with sleepnb') and json.loads(held['channels']) == ['C3-M2']
 
 def test_export_without_its_packages(tuned, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)

@@ -8,7 +8,7 @@ import pytest
 from edfio import read_edf
 from sklearn.metrics import cohen_kappa_score, f1_score
 
-from sleepnb import demo
+from sleepnb import cli, demo
 from sleepnb.core import SleepnbError
 from sleepnb.data.psg import sample_files
 from sleepnb.stager import Stager
@@ -130,6 +130,46 @@ def test_a_folder_with_other_things_is_refused(whole, tmp_path):
                                            (-.1, .1, 'do not decide whether pretraining helped.'),
                                            (np.nan, np.nan, 'do not tell whether pretraining helped.')])
 def test_the_sentence_about_pretraining_follows_from_the_interval(low, high, what): assert demo.verdict(low, high).endswith(what)
+
+def test_what_the_report_says_of_training_is_what_was_noted(whole):
+    text,last = (whole[0]/'report.html').read_text(), json.loads((whole[0]/'encoder.losses.json').read_text())['passes'][-1]
+    assert f'(accuracy {last["TS accuracy"]:.2f}, by chance 0.50)' in text and f'(accuracy {last["FBM accuracy"]:.2f}, by chance 0.17;' in text
+
+def test_what_pretraining_gave_on_the_real_night_is_said():
+    def said(macro_f1, kappa):
+        rows = [dict(network=n, metric=m, value=v) for m,pair in dict(macro_f1=macro_f1, kappa=kappa, accuracy=(1, 0)).items()
+                for n,v in zip(('pretrained', 'scratch'), pair)]
+        return demo._gained(pd.DataFrame(rows))
+    assert said((.5, .52), (.4, .3)) == ('On this night, macro-F1 after pretraining is 0.020 lower than from scratch, '
+                                         'and κ is 0.100 higher than from scratch.')
+    assert 'the same as from scratch, and κ is 0.200 lower' in said((.5, .5), (.1, .3))
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_no_word_of_the_pictures_is_cut_off_or_covers_a_curve(whole, n):
+    stages = np.arange(1000) % 5
+    fig = demo._draw_confusions({name: (stages, stages) for name in list(demo.NETWORKS.values())[:n]})
+    fig.draw_without_rendering()
+    for ax in fig.axes:
+        for word in (ax.title, ax.xaxis.label, ax.yaxis.label):
+            at = word.get_window_extent()
+            assert 0 <= at.x0 and at.x1 <= fig.bbox.x1 and 0 <= at.y0 and at.y1 <= fig.bbox.y1
+    fig = demo._draw_courses(whole[0])
+    fig.draw_without_rendering()
+    for ax in fig.axes:
+        assert not ax.texts and 0 <= ax.get_tightbbox().y0 and ax.get_tightbbox().y1 <= fig.bbox.y1
+        if ax.get_legend(): assert ax.get_legend().get_window_extent().y1 < ax.get_window_extent().y0
+    assert [len(ax.get_legend().texts) for ax in fig.axes[1:]] == [3, 2]
+
+def test_a_terminal_is_told_at_once_that_it_goes_on(tmp_path, monkeypatch):
+    "Before libraries are loaded, which takes long."
+    said = []
+    monkeypatch.setattr(cli, '_say', said.append)
+    monkeypatch.setattr(sys, 'stderr', type('Terminal', (), dict(isatty=lambda self: True))())
+    monkeypatch.setattr('sleepnb.callbacks.keep_memory', lambda: said.append('loaded'))
+    monkeypatch.setattr(demo, 'run_demo', lambda *args: said.append('run'))
+    monkeypatch.setattr(demo, 'summary', str)
+    cli.demo(tmp_path/'new', 'smoke')
+    assert len(said) == 3 and said[0].startswith('libraries are loaded') and said[1:] == ['loaded', 'run']
 
 def test_two_people_make_no_interval(whole):
     assert pd.read_csv(whole[0]/'results.csv')[['low', 'high']].isna().all(axis=None)

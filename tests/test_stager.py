@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mne
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from edfio import Edf, EdfSignal
@@ -100,9 +101,23 @@ def test_names_and_order_do_not_matter(stager, whole, x):
     spelled = ['EMG Chin', 'M2', 'EEG C3', 'EOG ROC', 'EEG A1-Ref', 'e1', 'c4']
     other = stager.stage(night(x[order], spelled))
     close(whole, stager.stage(night(np.stack([x[0]-x[3], x[1]-x[2], x[4]-x[5], x[6]]), ['EEG C3-A2', 'C4_M1', 'HEOG', 'Chin'])))
-    close(other, stager.stage(night(x[order], spelled)))
     assert {*other.channels.channel[other.channels.used]} == {'C3-M2', 'C4-M1', 'E1-E2', 'Chin'}
     close(whole, other)
+
+@pytest.mark.parametrize('fast', [0, 2])
+def test_electrodes_and_their_references_may_have_different_rates(stager, whole, x, fast):
+    "Either comes at twice the rate of the other."
+    half = resample_poly(x, 1, 2, axis=1)
+    made = [x[i] if (i in (0, 1)) == (fast == 0) else half[i] for i in range(7)]
+    fs = [200 if len(o) == x.shape[1] else 100 for o in made]
+    found = stager.stage(Night([o.astype(np.float32) for o in made], fs, [parse_channel(n) for n in NAMES], np.full(40, -1, np.int8)))
+    assert list(found.channels.channel[found.channels.used])[:2] == ['C3-M2', 'C4-M1'] and (found.quality == 'good').all()
+    assert abs(found.prob - whole.prob).mean() < .02
+    made[0] = made[0].copy()
+    made[0][10*30*fs[0] + 7] = np.nan                                         # of one epoch; the other channel is left
+    found = stager.stage(Night([made[i].astype(np.float32) for i in (0, 3)], [fs[0], fs[3]], [parse_channel(n) for n in ('C3', 'A2')],
+                               np.full(40, -1, np.int8)))
+    assert list(np.flatnonzero(found.quality != 'good')) == [10] and found.quality[10] == 'missing'
 
 def test_any_subset_of_modalities(stager, x):
     one = {'EEG': stager.stage(night(x[:4], NAMES[:4])), 'EOG': stager.stage(night(x[4:6], NAMES[4:6])),
@@ -110,6 +125,7 @@ def test_any_subset_of_modalities(stager, x):
     for m,found in one.items():
         assert found.modalities == (m,) and (found.stages >= 0).all()
         close(found, stager.stage(night(x), [m]), 1e-5)
+        close(found, stager.stage(night(x), m.lower()), 1e-5)
     assert stager.stage(night(x), ('EMG', 'EEG')).modalities == ('EEG', 'EMG')
     with pytest.raises(MontageError, match='no channel of EOG'): stager.stage(night(x[:4], NAMES[:4]), ['EEG', 'EOG'])
     with pytest.raises(SleepnbError, match='found ECG'): stager.stage(night(x), ['ECG'])
@@ -158,6 +174,13 @@ def test_muscle_that_is_off(stager, x):
     bad[:, 120000:] = 7.
     assert list(stager.stage(night(bad, ['Chin'])).quality) == ['good']*20 + ['flat']*20
 
+@pytest.mark.parametrize('value', [0, 1.1, -150])
+def test_an_eeg_that_is_flat_throughout_is_no_matter_of_units(stager, x, tmp_path, value):
+    Edf([EdfSignal(np.full(x.shape[1], value), 200, label='C3-M2', physical_dimension='uV', physical_range=(-187.5, 187.5)),
+         EdfSignal(x[6].astype(float), 200, label='Chin', physical_dimension='uV', physical_range=(-3000, 3000))]).write(tmp_path/'flat.edf')
+    found = stager.stage(tmp_path/'flat.edf')
+    assert found.channels.set_index('channel').epochs_flat['C3-M2'] == 40 and (found.stages >= 0).all()
+
 def test_a_bad_channel_counts_as_missing(stager, x):
     pair = np.stack([x[0] - x[3], x[1] - x[2]])
     bad = pair.copy()
@@ -195,6 +218,32 @@ def test_quality_of_simulated_nights():
     made = synth_night(['C3-M2', 'O1-M2', 'HEOG', 'Chin'], 240, seed=5)
     words = [signal_quality(o, 100, m) for o,m in zip(made.x, ['EEG', 'EEG', 'EOG', 'EMG'])]
     assert (np.array(words) != 'good').mean() < .005
+
+@pytest.mark.parametrize('fs', [1, 100])
+def test_an_envelope_goes_to_the_network_as_it_is(network, stager, fs):
+    "Each value held for its second; or smooth, at the rate of a signal."
+    g = np.random.default_rng(0)
+    envelope = 5 + 3*np.sin(np.arange(600*fs) / fs / 7) + (g.random(600) if fs == 1 else 2*np.sin(np.arange(60000)/8))
+    found = stager.stage(Night([envelope.astype(np.float32)], [fs], [parse_channel('Chin')], np.full(20, -1, np.int8)))
+    signal = np.repeat(envelope, 100 // fs)
+    low,median,high = np.percentile(signal, [25, 50, 75])
+    full = torch.ones(20, 1)
+    part = dict(x=torch.tensor(signal.reshape(20, 1, 3000), dtype=torch.float32), median=full*median, scale=full*(high - low)/1.349,
+                there=full > 0, at=torch.arange(20))
+    with torch.no_grad(): expected = network.stage((torch.arange(20), {'home': dict(EMG=part)}), ('EMG',)).softmax(-1)
+    np.testing.assert_allclose(found.prob, expected, atol=1e-3)
+
+def test_an_envelope_is_said_to_be_unreliable(stager, x):
+    chin,of = np.abs(np.random.default_rng(0).normal(5, 1, 13*3600)).astype(np.float32), [parse_channel(n) for n in ('C3-M2', 'Chin')]
+    eeg = np.tile(resample_poly(x[0] - x[3], 1, 2)[:30000], 156).astype(np.float32)
+    def notes(hours, k):
+        n = int(hours*120)
+        made = Night([o[:round(n*30*fs)] for o,fs in ((eeg, 100), (chin, 1))][k], [100, 1][k], of[k], np.full(n, -1, np.int8))
+        return [o for o in stager.stage(made).notes if 'unreliable' in o]
+    both,alone = slice(0, 2), slice(1, 2)
+    assert notes(.1, both) == [] and notes(.1, alone) == ['Chin is an envelope of muscle, which is unreliable by itself']
+    assert notes(13, both) == ['Chin is an envelope of muscle, which is unreliable in a recording of more than 12 h']
+    assert not [o for o in stager.stage(night(x[6:], ['Chin'])).notes if 'unreliable' in o]
 
 def test_nan_in_a_raw(stager, x):
     raw = mne.io.RawArray(np.stack([x[0] - x[3]])*1e-6, mne.create_info(['C3-M2'], 200, 'eeg'), verbose='error')
@@ -263,6 +312,17 @@ def test_files_read_back(stager, edf, tmp_path, name):
     read = read_hypnogram(found.write(tmp_path/name))
     assert (align(read, 40*30, found.start)[0] == found.stages).all()
 
+def test_what_is_written_begins_where_staging_begins(stager, edf, tmp_path):
+    "Scoring begins after 45 s, so the first epoch after 15."
+    raw = mne.io.read_raw_edf(edf, preload=True, verbose='error')
+    found = stager.stage(edf, hypnogram=Hypnogram('scored', 45. + 30*np.arange(30), np.full(30, 30.), STAGES[:30].astype(np.int8)))
+    for name in ('a.csv', 'a.tsv', 'a_events.tsv', 'a.edf'):
+        stages,first,_ = align(read_hypnogram(found.write(tmp_path/name)), 40*30, found.start)
+        assert first == 15 and (stages[:39] == found.stages).all()
+    assert (pd.read_csv(tmp_path/'a.csv').onset == 15 + 30*np.arange(39)).all()
+    raw.set_annotations(found.annotations())
+    assert raw.annotations.onset[0] == 15 and raw.annotations.onset[-1] + raw.annotations.duration[-1] == 15 + 39*30
+
 def test_annotations_go_on_the_raw(stager, edf):
     raw = mne.io.read_raw_edf(edf, preload=True, verbose='error')
     raw.set_annotations(stager.stage(raw).annotations())
@@ -275,6 +335,8 @@ def test_several_nights_with_bad_ones(stager, edf, tmp_path, capsys):
     done,failed = stager.stage_all([edf, text, cut, tmp_path/'none.edf', edf])
     assert [o.name for o in done] == ['home', 'home'] and [Path(p).name for p in failed] == ['text.edf', 'cut.edf', 'none.edf']
     assert all('\n' not in why for why in failed.values())
+    for one in (str(edf), edf):
+        with pytest.raises(SleepnbError, match='several recordings are a list'): stager.stage_all(one)
     assert 'staging' in capsys.readouterr().err
     assert not stager.stage_all([], progress=False)[0]
     with pytest.raises(SleepnbError, match='differ in number'): stager.stage_all([edf], [None, None])
