@@ -257,6 +257,15 @@ def test_a_manifest_is_written_once_whoever_writes(tmp_path, monkeypatch):
     store_module._write_json(tmp_path/'n.json', manifests[0], new=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['m.json', 'n.json']
 
+def test_ctrl_c_is_heard_by_one_process(tmp_path):
+    "Workers would print where they were."
+    def read(row):
+        (tmp_path/f'{row["subject"]}.txt').write_text(signal.getsignal(signal.SIGINT).name)
+        return read_synth(row)
+    before = signal.getsignal(signal.SIGINT)
+    prepare(replace(cohort(['a', 'b']), read=read), tmp_path/'s', jobs=2, progress=False)
+    assert [(tmp_path/f'{s}.txt').read_text() for s in 'ab'] == ['SIG_IGN']*2 and signal.getsignal(signal.SIGINT) is before
+
 def test_a_manifest_without_nights_says_so(tmp_path):
     prepare(cohort(['a']), tmp_path, progress=False)
     for p in (tmp_path/'nights').iterdir(): p.unlink()

@@ -6,15 +6,17 @@
 __all__ = ['RECIPES', 'STORED', 'FORMAT', 'Recipe', 'preprocess_night', 'Whole', 'Cohort', 'EpochStore', 'compare_counts',
            'prepare']
 
-# %% ../../nbs/120_data.store.ipynb #79795feb
+# %% ../../nbs/120_data.store.ipynb #61874892
 import hashlib
 import json
 import os
 import re
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from numbers import Integral
@@ -70,7 +72,7 @@ def preprocess_night(
         made[:, i] = to_epochs(np.pad(y, (0, short), 'edge'))[keep]
     return made, there, keep
 
-# %% ../../nbs/120_data.store.ipynb #41610ec7
+# %% ../../nbs/120_data.store.ipynb #85cc6c9f
 class Whole(NamedTuple):
     "The size of a dataset as published."
     nights:int
@@ -91,7 +93,8 @@ class Cohort:
     def __repr__(self):
         people = [*dict.fromkeys(self.nights.subject.astype(str))]
         some = ', '.join(people[:5]) + ' …' * (len(people) > 5)
-        return f'{self.name}: {plural(len(self.nights), "night")} of {plural(len(people), "subject")} ({some}), channels {", ".join(self.wanted)}'
+        nights = f'{plural(len(self.nights), "night")} of {plural(len(people), "subject")}'
+        return f'{self.name}: {nights} ({some}), channels {", ".join(self.wanted)}'
 
 # %% ../../nbs/120_data.store.ipynb #9be63276
 STORED = np.dtype([('x', '<i2', 3000), ('step', '<f4')]) # one epoch of one channel: µV = x · step
@@ -519,7 +522,15 @@ def _note_failed(
     if failed and (folder/'manifest.json').exists(): _write_json(folder/'failed.json', failed)
     else: (folder/'failed.json').unlink(missing_ok=True)
 
-# %% ../../nbs/120_data.store.ipynb #52dd0677
+# %% ../../nbs/120_data.store.ipynb #97679ace
+@contextmanager
+def _deaf():
+    "Processes that are started meanwhile do not hear Ctrl-C, for they inherit what is ignored."
+    if threading.current_thread() is not threading.main_thread(): return (yield) # which alone decides about signals
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+
 def _check_arguments(cohort, recipe, jobs):
     if not isinstance(recipe, Recipe):
         raise StoreError('there is no such recipe', found=repr(recipe), expected=', '.join(RECIPES))
@@ -553,7 +564,8 @@ def prepare(
     tasks = (delayed(_prepare_night)(cohort, row, recipe, folder/'nights', stem) for row,stem in todo)
     bar = tqdm(total=len(todo), desc=f'preparing {cohort.name}', unit='night', disable=not progress or not todo)
     results = []
-    for why in Parallel(n_jobs=jobs, return_as='generator')(tasks):
+    with _deaf(): made = Parallel(n_jobs=jobs, return_as='generator')(tasks) # which starts the processes
+    for why in made:
         results.append(why)
         bar.update()
     bar.close()
