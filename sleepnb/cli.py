@@ -458,7 +458,7 @@ def featurenet(**options):
     It is the rival of sleepsmc, and quicker. All options are the same."""
     _train_modalities('FeatureNet', False, **options)
 
-# %% ../nbs/640_cli.ipynb #c89fd421
+# %% ../nbs/640_cli.ipynb #14ea6ffd
 _SCORES = dict(kappa='κ', macro_f1='macro-F1', accuracy='accuracy', balanced_accuracy='balanced accuracy') \
     | {f'f1_{s.label}': f'F1 of {s.label}' for s in Stage}
 
@@ -491,8 +491,8 @@ def _as_text(found):
     stages = [s.label for s in Stage]
     conf = [[f'scored {s}', *map(str, row)] for s,row in zip(stages, found['confusion'])]
     tested = ', '.join(plural(found[k], k[:-1]) for k in ('subjects', 'nights', 'epochs'))
-    who = f'split {found["split"]}' if found['split'] else f'everybody in {found["cohort"]}, of whom the weights have seen nobody'
-    parts = [f'{tested} ({who})',
+    everybody = f'everybody in {found["cohort"]}, of whom the weights have seen nobody'
+    parts = [f'{tested} ({f"split {split}" if (split := found["split"]) else everybody})',
              _table([['', 'all epochs', '95 %', 'mean of nights', '95 %'], *rows], right=True), '',
              _table([['', *(f'as {s}' for s in stages)], *conf], right=True)]
     if subsets := found.get('subsets'):

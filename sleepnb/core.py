@@ -93,7 +93,7 @@ def rng(
     "A fresh numpy generator for the draw that `keys` name."
     return np.random.default_rng(seed_of(*keys))
 
-# %% ../nbs/000_core.ipynb #000ea69a
+# %% ../nbs/000_core.ipynb #9d98667e
 def write_whole(
     path:Path,     # replaced if it exists; its folder is made if need be
     content:bytes,
@@ -114,6 +114,6 @@ def unwritable(
 )->Path|None:     # a file, or a folder that is write-protected
     "What stands in the way of writing into a folder; `None` if nothing does."
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    try:
-        with TemporaryFile(dir=there): return None      # rights do not tell all, such as of /proc
+    if not (there.is_dir() and os.access(there, os.W_OK)): return there
+    try: TemporaryFile(dir=there).close() # rights do not tell all: nobody can write to /proc
     except OSError: return there
