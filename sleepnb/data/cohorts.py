@@ -371,7 +371,7 @@ def _owner(
     fits = {p: named_after(path, p) for p in recordings if p.parent == path.parent and p != path}
     return max((p for p,n in fits.items() if n), key=fits.get, default=None)
 
-# %% ../../nbs/130_data.cohorts.ipynb #08ea005a
+# %% ../../nbs/130_data.cohorts.ipynb #349a0669
 def _scored(
     recordings:list[Path],
     others:list[Path],      # files that may be hypnograms
@@ -427,8 +427,8 @@ def plain_folder(
     others = [p for p in others if p.name.endswith(ending) and (ending or not is_staging(p))]
     scored,below = _scored(recordings, others), Path(folder).expanduser()
     if cassette := [p.name for p in recordings if p not in scored and re.fullmatch(_CASSETTE, p.name, re.I)]:
-        raise SleepnbError('these are names of Sleep-EDF, which tell subjects and hypnograms in a way of their own', where=folder,
-                           found=', '.join(cassette[:3]) + ' …'*(len(cassette) > 3), remedy='Prepare it as sleep-edf.')
+        raise SleepnbError('these are names of Sleep-EDF, which tell subjects and hypnograms in a way of their own',
+                           where=folder, found=', '.join(cassette[:3]) + ' …'*(len(cassette) > 3), remedy='Prepare it as sleep-edf.')
     paths = [p.relative_to(below) for p in recordings]
     night = lambda path: '/'.join([*path.parts[1:-1], path.stem])       # what stands between subject and ending
     rows = [(_subject(path, subject), night(path), p, scored.get(p)) for p,path in zip(recordings, paths)]
