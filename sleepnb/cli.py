@@ -53,13 +53,13 @@ _version_option = typer.Option('--version', callback=_version, is_eager=True, he
 @app.callback()
 def _options(version:Annotated[bool, _version_option]=False): pass
 
-# %% ../nbs/640_cli.ipynb #e876b7d3
+# %% ../nbs/640_cli.ipynb #1429ca5d
 def _say(text): typer.echo(f'sleepnb: {text}', err=True) # standard output is for results
 
 def _told(
     error:Exception,
 )->str: # in one line
-    if isinstance(error, SleepnbError): text = str(error)
+    if isinstance(error, SleepnbError): text = str(_in_shell(error))
     elif isinstance(error, OSError) and error.filename: text = f'{error.filename}: {error.strerror}.'
     elif hasattr(error, 'format_message'): # of typer
         text = f'{error.format_message().rstrip(".")}. See {error.ctx.command_path if error.ctx else "sleepnb"} --help.'
@@ -83,16 +83,21 @@ def main():
     if code == 130: _say('interrupted.' + ' The same command, given again, goes on.'*goes_on)
     sys.exit(code or 0)
 
-# %% ../nbs/640_cli.ipynb #56281a50
-_ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column')
+# %% ../nbs/640_cli.ipynb #975c2267
+_ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column',
+                  wanted='channels', ending='ending', subject='subject', channel_mode='channel-mode')
+
+def _as_options(text:str)->str:
+    text = re.sub(r'aliases=\{"(.*?)": "(.*?)"\}', r'--alias "\1=\2"', text)
+    text = text.replace('another place, or replace it: replace=True', 'another folder: --out DIR, or replace it: --force')
+    text = re.sub(r'wanted=\["(.*?)", "(.*?)"\]', r'--channels \1,\2', text)
+    text = re.sub(rf'\b({"|".join(_ARGUMENTS)})= ?', lambda m: f'--{_ARGUMENTS[m[1]]} ', text)
+    return re.sub(r'(--\S+) (?=[.;,])', r'\1', text)
 
 def _in_shell(error:Exception)->Exception:
     "The same, with options instead of arguments."
-    if isinstance(error, SleepnbError) and error.remedy:
-        remedy = re.sub(r'aliases=\{"(.*?)": "(.*?)"\}', r'--alias "\1=\2"', error.remedy)
-        remedy = re.sub(rf'\b({"|".join(_ARGUMENTS)})= ?', lambda m: f'--{_ARGUMENTS[m[1]]} ', remedy)
-        remedy = remedy.replace('another place, or replace it: replace=True', 'another folder: --out DIR, or replace it: --force')
-        error.remedy = re.sub(r' (?=[.;,])', '', remedy)
+    if isinstance(error, SleepnbError):
+        for k in ('what', 'expected', 'found', 'remedy'): setattr(error, k, (v := getattr(error, k)) and _as_options(v))
     return error
 
 def _check_folder(
@@ -146,7 +151,7 @@ def simulate(
     made = simulate(cohort, folder, subjects, nights, hours, seed, whole_cap, jobs, sys.stderr.isatty())
     typer.echo(f'{folder}: {plural(len(made.nights), "simulated night")} in the layout of {cohort}')
 
-# %% ../nbs/640_cli.ipynb #f169542d
+# %% ../nbs/640_cli.ipynb #812d7f34
 _json = typer.Option('--json', help='One JSON object instead of text.')
 
 def _table(rows, right=False): # of texts; numbers stand to the right
@@ -180,9 +185,9 @@ def info(
     if stages := found['hypnogram']:
         counts = ', '.join(f'{k} {n}' for k,n in stages['stages'].items() if n)
         typer.echo(f'  hypnogram: {stages["file"]}, {plural(stages["epochs"], "epoch")} ({counts})')
-    for note in found['notes']: typer.echo(f'  note: {note}')
+    for note in found['notes']: typer.echo(f'  note: {_as_options(note)}')
 
-# %% ../nbs/640_cli.ipynb #1347004b
+# %% ../nbs/640_cli.ipynb #6eadae17
 def _aliases(given): # NAME=CHANNEL, of each
     if bad := [o for o in given or () if not all(o.rpartition('='))]:
         raise SleepnbError('an alias has two sides', expected='NAME=CHANNEL, such as X1=Chin', found=bad[0])
@@ -212,7 +217,8 @@ def prepare(
     channels:Annotated[str|None, typer.Option(metavar='NAMES', help='Channels to keep, with commas: C3-M2,C4-M1,E1,Chin. '
         'Default: those of the dataset, or those that half of the recordings have.')]=None,
     alias:Annotated[list[str]|None, _alias]=None,
-    name:Annotated[str|None, typer.Option(metavar='NAME', help='Of bids or folder: a name for the cohort.')]=None,
+    name:Annotated[str|None, typer.Option(metavar='NAME', help='Of bids or folder: a name for the cohort. Default: that '
+        'of DIR.')]=None,
     subject:Annotated[str|None, typer.Option(metavar='REGEX', help='Of a folder: regular expression for the person '
         'in a file name.')]=None,
     ending:Annotated[str|None, typer.Option(metavar='TEXT', help='Of a folder: how names of hypnograms end, '
@@ -231,14 +237,13 @@ def prepare(
     given = dict(wanted=wanted, aliases=_aliases(alias), name=name, subject=subject, ending=ending, vocabulary=vocabulary,
                  column=column)
     make = COHORTS[cohort]
-    try: found = make(folder, **_options_for(make, given))
-    except SleepnbError as error: raise _in_shell(error)
+    found = make(folder, **_options_for(make, given))
     made = prepare(found, store, recipe, jobs, progress=sys.stderr.isatty())
-    typer.echo(repr(made).partition(f'; {len(made.failed)} nights failed')[0])
-    for night,why in made.failed.items(): _say(f'{night} failed: {why}')
+    typer.echo(repr(made).partition(f'; {plural(len(made.failed), "night")} failed')[0])
+    for night,why in made.failed.items(): _say(f'{night} failed: {_as_options(why)}')
     if made.failed: raise typer.Exit(1)
 
-# %% ../nbs/640_cli.ipynb #28dd3e85
+# %% ../nbs/640_cli.ipynb #2c1d4e19
 _out = typer.Option('--out', metavar='WEIGHTS', help='Where the weights go: a .safetensors file.')
 _split = typer.Option('--split', metavar='FILE', help='A file that Split.save wrote: who trains, validates and is tested.')
 _passes = typer.Option('--passes', metavar='N', min=1, help='Times through the training data.')
@@ -266,8 +271,8 @@ def _train(learn, passes, out, what, **notes):
     keep_memory()
     split,train = learn.dls.split, learn.dls.train
     train_n,valid_n,test_n = (sum(c in train.stores.cohorts for c,_ in p) for p in (split.train, split.valid, split.test))
-    title = (f'{what} on {", ".join(train.stores.cohorts)}: {train_n} subjects train, {valid_n} validate, '
-             f'{test_n} are kept for testing (split {split.id})\npasses: {passes}, steps of a pass: {len(train)}')
+    title = (f'{what} on {", ".join(train.stores.cohorts)}: subjects {train_n} to train, {valid_n} to validate, '
+             f'{test_n} kept for testing (split {split.id})\npasses: {passes}, steps of a pass: {len(train)}')
     with learn.no_bar(), learn.no_logging(): trained = fit_to_file(learn, passes, out, cbs=TerminalProgress(title), **notes)
     typer.echo(f'{out}: {"the weights are there" if trained else "the weights of this training were there already"}')
 
@@ -299,16 +304,29 @@ def pretrain(
     dls = pretraining_loaders(stores, split, seed=seed, device=_checked_device(device))
     _train(mtssrl_learner(dls, lr=lr, seed=seed), passes, out, 'pretraining')
 
-# %% ../nbs/640_cli.ipynb #2b04bc5c
+# %% ../nbs/640_cli.ipynb #f657f591
 def _inherited(weights, store): # the split of the weights, if it knows this cohort
     from sleepnb.learner import saved_split
     split = saved_split(weights)
-    return split if store.cohort in split.counts.index else None
+    known = {s for part in (split.train, split.valid, split.test) for c,s in part if c == store.cohort}
+    if not known: return None
+    if strange := {*store.nights.subject} - known:
+        known,strange = (', '.join(sorted(o)[:5]) + ' …'*(len(o) > 5) for o in (known, strange))
+        raise WeightsError(f'the weights know other people by the name {store.cohort}', where=weights, expected=known,
+            found=strange, remedy='If this is another cohort, prepare it with a name of its own: --name; if not, name a split: --split FILE.')
+    return split
 
-def _known(weights, store): # the split of the weights, which must know this cohort
-    if split := _inherited(weights, store): return split
-    raise WeightsError('the weights were trained without this cohort', where=weights, found=store.cohort,
-                       remedy='Fine-tune them first, or name a split: --split FILE.')
+def _eeg_places(channels): # name → place on the head
+    from sleepnb.core import Modality
+    from sleepnb.models.cam import sensor_positions
+    from sleepnb.montage import parse_channel
+    return {c: sensor_positions([c]) for c in channels if parse_channel(c).modality is Modality.EEG}
+
+def _most_like(channels, montages):
+    "The cohort that has most of the EEG channels; of those with as many, the one whose sensors are nearest to them."
+    ours,theirs = _eeg_places(channels), {k: _eeg_places(v) for k,v in montages.items()}
+    def away(places): return sum(min(float((a - b).norm()) for b in places.values()) for a in ours.values())
+    return min(theirs, key=lambda k: (-len(ours.keys() & theirs[k].keys()), away(theirs[k])))
 
 def _donor(weights, store, heads_of):
     "Whose alignment the cohort gets, as `move_to` takes it."
@@ -320,7 +338,8 @@ def _donor(weights, store, heads_of):
         raise WeightsError('the weights know no such cohort', where=weights, expected=', '.join(known), found=heads_of)
     if not heads_of and store.cohort not in known and backbone['align'] == 'own':
         raise WeightsError(f'the weights have no alignment for {store.cohort}', where=weights, expected=', '.join(known),
-                           remedy=f'Borrow that of the montage most like it: --heads-of {known[0]}.')
+                           remedy='Borrow that of the montage most like it: --heads-of '
+                           f'{_most_like(store.channels, backbone["montages"])}.')
     return {store.cohort: heads_of} if heads_of else None
 
 @app.command(epilog='''\b
@@ -453,7 +472,7 @@ def featurenet(**options):
     It is the rival of sleepsmc, and quicker. All options are the same."""
     _train_modalities('FeatureNet', False, **options)
 
-# %% ../nbs/640_cli.ipynb #3f4c6ff4
+# %% ../nbs/640_cli.ipynb #14ea6ffd
 _SCORES = dict(kappa='κ', macro_f1='macro-F1', accuracy='accuracy', balanced_accuracy='balanced accuracy') \
     | {f'f1_{s.label}': f'F1 of {s.label}' for s in Stage}
 
@@ -486,7 +505,8 @@ def _as_text(found):
     stages = [s.label for s in Stage]
     conf = [[f'scored {s}', *map(str, row)] for s,row in zip(stages, found['confusion'])]
     tested = ', '.join(plural(found[k], k[:-1]) for k in ('subjects', 'nights', 'epochs'))
-    parts = [f'{tested} (split {found["split"]})',
+    everybody = f'everybody in {found["cohort"]}, of whom the weights have seen nobody'
+    parts = [f'{tested} ({f"split {split}" if (split := found["split"]) else everybody})',
              _table([['', 'all epochs', '95 %', 'mean of nights', '95 %'], *rows], right=True), '',
              _table([['', *(f'as {s}' for s in stages)], *conf], right=True)]
     if subsets := found.get('subsets'):
@@ -502,10 +522,13 @@ def _subsets(learn):
     return {using: {k: {c: _number(row[k, c]) for c in ('value', 'low', 'high')} for k in table.columns.unique(0)}
             for using,row in table.iterrows()}
 
-def _modalities_of(weights, subsets): # that the loaders have to tell apart
+def _modalities_of(weights, store, subsets): # that the loaders have to tell apart
+    from sleepnb.montage import parse_channel
     from sleepnb.weights import read_description
-    described = read_description(weights)
-    if described.get('network') == 'SleepSMC': return tuple(described['modalities'])
+    described,there = read_description(weights), {parse_channel(c).modality for c in store.channels}
+    if described.get('network') == 'SleepSMC':
+        may_lack = not subsets and described['arguments']['primary'] is None
+        return tuple(m for m in described['modalities'] if m in there or not may_lack)
     if subsets:
         raise WeightsError('the network has no modalities to choose from', where=weights, found='--subsets',
                            expected='what train sleepsmc or train featurenet wrote')
@@ -516,7 +539,7 @@ Examples:
   sleepnb evaluate stores/isruc --weights any.safetensors --subsets
   sleepnb evaluate stores/isruc --weights stager.safetensors --json > scores.json''')
 def evaluate(
-    store:Annotated[Path, typer.Argument(metavar='STORE', help='The prepared cohort for which the weights were trained.')],
+    store:Annotated[Path, typer.Argument(metavar='STORE', help='A prepared cohort, with stages.')],
     weights:Annotated[Path, typer.Option(metavar='WEIGHTS', help='What finetune or train wrote.')],
     split:Annotated[Path|None, _split]=None,
     subsets:Annotated[bool, typer.Option('--subsets', help='Score each subset of the modalities, too.')]=False,
@@ -525,14 +548,16 @@ def evaluate(
 ):
     """Score a network on the test subjects of its split.
 
-    Subjects whom the weights have seen are refused. Intervals are of resampled subjects; with one subject there is none."""
-    from sleepnb.data.loaders import labelled_loaders
+    In a cohort that took no part in the training, it is scored on everybody. Subjects whom the weights have seen are refused.
+    Intervals are of resampled subjects; with one subject there is none."""
+    from sleepnb.data.loaders import labelled_loaders, scoring_loaders
     from sleepnb.data.store import EpochStore
     from sleepnb.learner import load_learner, predict_stages
     opened = EpochStore(store)
-    split,modalities = split or _known(weights, opened), _modalities_of(weights, subsets)
-    learn = load_learner(weights, labelled_loaders(opened, split, modalities=modalities, device=_checked_device(device)))
-    found = dict(weights=str(weights), store=str(store), cohort=opened.cohort, split=learn.dls.split.id) \
+    split = split or _inherited(weights, opened)
+    how = dict(modalities=_modalities_of(weights, opened, subsets), device=_checked_device(device))
+    learn = load_learner(weights, labelled_loaders(opened, split, **how) if split else scoring_loaders(opened, **how))
+    found = dict(weights=str(weights), store=str(store), cohort=opened.cohort, split=split and learn.dls.split.id) \
         | _evaluated(predict_stages(learn))
     if subsets: found['subsets'] = _subsets(learn)
     typer.echo(json.dumps(found) if as_json else _as_text(found))

@@ -6,13 +6,14 @@
 __all__ = ['EPOCH_SEC', 'UNSCORED', 'Stage', 'Modality', 'SleepnbError', 'RecordingError', 'MontageError', 'HypnogramError',
            'StoreError', 'SplitError', 'WeightsError', 'plural', 'seed_of', 'rng', 'write_whole', 'unwritable']
 
-# %% ../nbs/000_core.ipynb #0dd0fea5
+# %% ../nbs/000_core.ipynb #2cf1b529
 import json
 import os
 from enum import IntEnum, StrEnum
 from hashlib import blake2b
 from operator import index
 from pathlib import Path
+from tempfile import TemporaryFile
 from uuid import uuid4
 
 import numpy as np
@@ -92,7 +93,7 @@ def rng(
     "A fresh numpy generator for the draw that `keys` name."
     return np.random.default_rng(seed_of(*keys))
 
-# %% ../nbs/000_core.ipynb #1d403d12
+# %% ../nbs/000_core.ipynb #9d98667e
 def write_whole(
     path:Path,     # replaced if it exists; its folder is made if need be
     content:bytes,
@@ -113,4 +114,6 @@ def unwritable(
 )->Path|None:     # a file, or a folder that is write-protected
     "What stands in the way of writing into a folder; `None` if nothing does."
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return None if there.is_dir() and os.access(there, os.W_OK) else there
+    if not (there.is_dir() and os.access(there, os.W_OK)): return there
+    try: TemporaryFile(dir=there).close() # rights do not tell all: nobody can write to /proc
+    except OSError: return there

@@ -6,7 +6,7 @@
 __all__ = ['mtssrl_learner', 'save_learner', 'saved_split', 'finetune_learner', 'fit_to_file', 'supervised_learner',
            'sleepsmc_learner', 'predict_stages', 'score_subsets', 'extract_features', 'load_learner']
 
-# %% ../nbs/530_learner.ipynb #ae5ccdcb
+# %% ../nbs/530_learner.ipynb #659b0f41
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import combinations
@@ -27,7 +27,7 @@ from torch import nn
 
 from .callbacks import (Checkpoint, KeepBest, ModalityRecord, Reproducible, TaskRecord, Unfreeze, digest, stage_metrics,
                                training_facts)
-from .core import UNSCORED, SleepnbError, Stage, StoreError, WeightsError, unwritable
+from .core import UNSCORED, SleepnbError, SplitError, Stage, StoreError, WeightsError, unwritable
 from .data.loaders import EpochLoader, rows_of
 from .data.splits import Split, check_unseen
 from .metrics import score_table
@@ -121,7 +121,7 @@ def saved_split(
                            found=f'a file of the kind {described["kind"]}')
     return Split(**{f.name: split[f.name] for f in fields(Split)})
 
-# %% ../nbs/530_learner.ipynb #190ae782
+# %% ../nbs/530_learner.ipynb #9061468b
 def _by_part(network:nn.Module)->list: # parameter groups, from the signal to the stage
     return [[p for module in part for p in module.parameters()] for part in network.parts.values()]
 
@@ -148,7 +148,13 @@ def _check_recipe(dls, recipe):
         raise StoreError('the recordings were filtered differently from those that the weights know',
                          expected=f'EEG {bands[0]} Hz', found=f'EEG {bands[1]} Hz', remedy='Prepare them with the same recipe.')
 
-def _check_origin(split, seen):
+def _check_origin(dls, seen):
+    split = dls.split
+    if split is None:                        # everybody is tested
+        if known := sorted(_people(dls.train) & set().union(*seen.values())):
+            raise SplitError('the network has seen some of these people', found=', '.join('/'.join(p) for p in known[:10]),
+                             remedy='Use the split that it was trained with.')
+        return
     people = [p for part in (split.train, split.valid, split.test) for p in part]
     known = {k: [p for p in v if p in people] for k,v in seen.items()}
     check_unseen(split, known.get('fitted', []) + known.get('judged', []), 'test')
@@ -173,7 +179,7 @@ def finetune_learner(
     Raises `SplitError` when the weights have seen subjects of the test or validation part."""
     _check_loaders(dls, labelled=True)
     backbone,seen,recipe = _origin(pretrained)
-    _check_origin(dls.split, seen)
+    _check_origin(dls, seen)
     _check_recipe(dls, recipe)
     torch.manual_seed(seed)
     network = StageNetwork(move_to(backbone, _montages(dls), heads_of), hidden, drop)
@@ -183,7 +189,7 @@ def finetune_learner(
     learn.seen_before,learn.origin = seen, digest(*(v.cpu().numpy() for v in backbone.state_dict().values()))
     return learn
 
-# %% ../nbs/530_learner.ipynb #7c1d073e
+# %% ../nbs/530_learner.ipynb #160c2c91
 def _check_room(path:Path):
     "Can weights be written there?"
     if path.suffix != '.safetensors' or path.is_dir():
@@ -219,8 +225,9 @@ def fit_to_file(
     checkpoint = path.with_suffix('.checkpoint.safetensors')
     learn.fit(n_passes, cbs=[Checkpoint(checkpoint, every_sec), *listify(cbs)])
     if not all(v.isfinite().all() for v in get_model(learn.model).state_dict().values()):
-        raise SleepnbError('the training diverged', where=checkpoint, expected='weights that are numbers',
-                           remedy='Delete this file, and train again with a lower learning rate.')
+        again = f'Delete {checkpoint}, and train' if checkpoint.exists() else 'Train'
+        raise SleepnbError('the training diverged, and no weights were written', where=path,
+                           expected='weights that are numbers', found='some that are infinite or undefined', remedy=f'{again} again with a lower learning rate.')
     save_learner(learn, path, training=facts, **notes)
     checkpoint.unlink(missing_ok=True)
     return True
@@ -278,7 +285,7 @@ def sleepsmc_learner(
     cbs = [Reproducible(seed), KeepBest('accuracy', patience, tie='valid_loss'), ModalityRecord(), *listify(cbs)]
     return _sleepsmc(dls, network, dict(uncertainty=uncertainty, contrast=contrast) | (loss or {}), cbs, lr=lr, **kwargs)
 
-# %% ../nbs/530_learner.ipynb #5e823534
+# %% ../nbs/530_learner.ipynb #b3b8b8bd
 @contextmanager
 def _only(network, using): # modalities
     if using is None: yield
@@ -289,7 +296,7 @@ def _only(network, using): # modalities
 
 def predict_stages(
     learn:Learner,       # one that stages
-    part:str='test',     # `'train'`, `'valid'` or `'test'`
+    part:str='test',     # `'train'`, `'valid'` or `'test'`; without a split, everybody is in it
     using:tuple[str, ...]|None=None, # of a `SleepSMC`: modalities; by default its primary, or all
 )->pd.DataFrame:         # per scored epoch: cohort, subject, night, epoch, stage, pred, p_W … p_R
     "Stages every scored epoch of a part of the split."
@@ -331,23 +338,43 @@ def extract_features(
     *features,there = torch.cat(made).numpy().T
     return epochs[there > 0], np.stack(features, 1)[there > 0]
 
-# %% ../nbs/530_learner.ipynb #8e115615
+# %% ../nbs/530_learner.ipynb #79d65e6d
+def _in_words(montages): return '; '.join(f'{", ".join(v)} ({k})' for k,v in montages.items())
+
+def _for_cohorts(
+    network:nn.Module,             # one that stages
+    wanted:dict[str, list[str]],   # cohort → channels
+    known:dict[str, list[str]],    # those of its training
+    path:str|Path,
+)->nn.Module:
+    "The network for these cohorts, each of which has the channels of a known one if that matters."
+    if all(known.get(k) == v for k,v in wanted.items()): return network
+    smc = isinstance(network, SleepSMC)
+    anywhere = network.config['channel_mode'] == 'cam' if smc else network.backbone.config['align'] == 'shared'
+    twins = {k: next((o for o in (k, *known) if known.get(o) == v), None) for k,v in wanted.items()}
+    if not anywhere and None in twins.values():
+        raise WeightsError('the weights do not stage these recordings', where=path, expected=_in_words(known),
+                           found=_in_words(wanted), remedy='Prepare these channels, or use weights that take any montage.')
+    if smc: return network.for_montages(known | wanted)
+    network.backbone = move_to(network.backbone, wanted, None if anywhere else twins)
+    return network
+
 def load_learner(
     path:str|Path,    # what `save_learner` wrote of a network that stages
-    dls:DataLoaders,  # of `labelled_loaders`: cohorts and the split that it was trained with
+    dls:DataLoaders,  # of `labelled_loaders`, with the split that it was trained with; or of `scoring_loaders`
 )->Learner:
     "A learner with the weights of a file. Raises `WeightsError` for weights that do not stage, or know other channels."
     _check_loaders(dls, labelled=True)
     network,described = load_weights(path)
     montages = (described['backbone'] or described['arguments'])['montages']
-    stages = isinstance(network, (StageNetwork, SleepSMC))
-    if not stages or any(montages.get(k) != v for k,v in _montages(dls).items()):
-        raise WeightsError('the weights do not stage these recordings', where=path,
-                           expected=f'a StageNetwork or SleepSMC for {_montages(dls)}',
-                           found=f'a {described["network"]} for {montages}', remedy='Fine-tune them first.')
-    _check_origin(dls.split, seen := _described_seen(described))
+    if not isinstance(network, (StageNetwork, SleepSMC)):
+        raise WeightsError('the weights do not stage', where=path, expected='those of a network that was trained with stages',
+                           found='those of a pretraining', remedy='Fine-tune them first.')
+    network = _for_cohorts(network, _montages(dls), montages, path)
+    _check_origin(dls, seen := _described_seen(described))
     _check_recipe(dls, described['recipe'])
     smc = isinstance(network, SleepSMC)
+    if smc and network.primary is None: network.using = tuple(dls.train.picks[0]) # a store may lack some
     learn = _sleepsmc(dls, network, described['notes'].get('loss', {})) if smc else _staging_learner(dls, network)
     learn.seen_before = seen
     return learn

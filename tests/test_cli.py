@@ -245,6 +245,19 @@ def test_a_folder_whose_channels_have_names_of_their_own(tmp_path):
     assert call(*command, '--alias', 'one=C3-M2', '--alias', 'two=E1-M2').returncode == 0
     assert EpochStore(tmp_path/'store').channels == ('C3-M2', 'E1-M2')
 
+def test_what_a_first_prepare_got_wrong_a_second_may_correct(tmp_path):
+    for seed,who in enumerate(('anna', 'bo')):
+        write_edf(tmp_path/'lab'/f'{who}.edf', seed=seed)
+        (tmp_path/'lab'/f'{who}.txt').write_text('0\n1\n5\n')
+    command = 'prepare', 'folder', tmp_path/'lab', '--store', tmp_path/'store'
+    done = call(*command)
+    assert done.returncode == 2 and 'no night could be prepared' in done.stderr and '--vocabulary sleepnb or' in done.stderr
+    assert 'vocabulary=' not in done.stderr
+    done = call(*command, '--vocabulary', 'isruc')
+    assert done.returncode == 0 and EpochStore(tmp_path/'store').stages.tolist() == [0, 1, 4]*2 and done.stdout.startswith('lab: 2 nights')
+    done = call(*command, '--vocabulary', 'yasa', '--channels', 'C3')
+    assert 'expected channels C3; vocabulary yasa; found channels C3, E1, Chin; vocabulary isruc)' in done.stderr, done.stderr
+
 # Training
 
 def test_pretraining_notes_its_split_and_whom_it_saw(pretrained, isruc):
@@ -282,6 +295,36 @@ def test_a_new_cohort_borrows_an_alignment(work, pretrained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert {c for c,_ in saved_split(out).train} == {'sleep-edf-simulated'}
     assert set(read_description(out)['fitted']) == {'isruc-s3-simulated', 'sleep-edf-simulated'}
+
+def test_the_montage_most_like_it_is_recommended():
+    known = dict(first=['Cz-M1', 'Chin'], second=['Fpz-M2', 'Oz-M2'], third=['F3-M2', 'C3-M2', 'O1-M2'])
+    for channels,best in ((['F3-M2', 'O1-M2', 'Fpz-M2'], 'third'), (['Fpz-Cz', 'Pz-Oz', 'Chin'], 'second'), (['C1-M2'], 'first')):
+        assert cli._most_like(channels, known) == best                     # two equal names; near places; one place between
+
+def test_other_people_of_the_same_cohort_name_are_not_taken_for_known(isruc, pretrained, tuned, tmp_path):
+    shutil.copytree(isruc, tmp_path/'other')
+    for path in (tmp_path/'other'/'nights').glob('*.json'):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | dict(subject=f'x{record["subject"]}')))
+    for command in (('finetune', tmp_path/'other', '--weights', pretrained, '--out', tmp_path/'x.safetensors'),
+                    ('evaluate', tmp_path/'other', '--weights', tuned)):
+        done = call(*command)
+        assert done.returncode == 2 and 'know other people by the name isruc-s3-simulated (expected 1, 2, 3, 4, 5; found x1, x2, x3, x4, x5)' in done.stderr
+
+def test_a_cohort_that_the_weights_do_not_know_is_scored_whole(isruc, tuned, allthree, tmp_path):
+    shutil.copytree(isruc, tmp_path/'own')
+    manifest = json.loads((tmp_path/'own'/'manifest.json').read_text())
+    (tmp_path/'own'/'manifest.json').write_text(json.dumps(manifest | dict(cohort='own')))
+    for weights in (tuned, allthree):
+        done = call('evaluate', tmp_path/'own', '--weights', weights)
+        assert done.returncode == 0 and done.stdout.startswith('5 subjects, 5 nights, '), done.stderr
+        assert '(everybody in own, of whom the weights have seen nobody)' in done.stdout.splitlines()[0]
+    found = json.loads(call('evaluate', tmp_path/'own', '--weights', tuned, '--json').stdout)
+    scored = EpochStore(isruc).epochs.query('stage >= 0')
+    assert found['split'] is None and found['epochs'] == len(scored)
+    learn = load_learner(tuned, labelled_loaders(isruc, saved_split(tuned)))
+    known = pd.concat([predict_stages(learn, part) for part in ('train', 'valid', 'test')])     # the same people, under their name
+    assert sum(found['confusion'][i][i] for i in range(5)) == (known.pred == known.stage).sum()
 
 def test_a_terminal_has_a_bar_and_a_file_has_none(cassette, tmp_path, monkeypatch):
     plain = call('pretrain', cassette, '--out', tmp_path/'a.safetensors', '--passes', 2).stderr
@@ -333,6 +376,7 @@ def test_a_training_that_was_cut_off_before_its_weights_were_written_goes_on(cas
 def test_a_training_that_diverges_leaves_no_weights(cassette, tmp_path):
     done = call('train', 'supervised', cassette, '--out', tmp_path/'x.safetensors', '--lr', '1e30', '--passes', 1, '--steps', 2)
     assert done.returncode == 2 and 'the training diverged' in done.stderr.splitlines()[-1] and not [*tmp_path.iterdir()]
+    assert 'checkpoint' not in done.stderr and 'Train again with a lower learning rate.' in done.stderr.splitlines()[-1]
 
 def test_sleepsmc_and_featurenet_differ_in_their_loss_alone(allthree, quick):
     both = [read_description(p) for p in (allthree, quick)]
@@ -799,6 +843,8 @@ WRONG = { # why → command; @ is the folder of the files
     "found the ending '.pth'": ['pretrain', ISRUC, '--out', '@x.pth'],
     'found a folder': ['pretrain', ISRUC, '--out', '@mine'],
     'nothing can be written there': ['pretrain', ISRUC, '--out', '@text.edf/x.safetensors'],
+    '/proc is write-protected': ['pretrain', ISRUC, '--out', '/proc/x.safetensors'],
+    'found a damaged file, or one of another kind': ['pretrain', ISRUC, *OUT, '--split', '@text.edf'],
     'this is not a split': ['pretrain', ISRUC, *OUT, '--split', '@text.json'],
     'subjects that the split does not know': ['pretrain', SLEEP, *OUT, '--split', '@other.json'],
     'none.safetensors: there is no such file': ['finetune', ISRUC, '--weights', '@none.safetensors', *OUT],
@@ -810,8 +856,8 @@ WRONG = { # why → command; @ is the folder of the files
     'the model has already seen 3 of 3 test subjects': ['finetune', ISRUC, *FROM, *OUT, '--split', '@other.json'],
     'there are other weights already': ['finetune', ISRUC, *FROM, '--out', FROM[1]],
     "No such command 'dreams'": ['train', 'dreams', ISRUC, *OUT],
-    'the weights do not stage these recordings': ['evaluate', ISRUC, *FROM],
-    'the weights were trained without this cohort': ['evaluate', SLEEP, '--weights', '@made/tuned.safetensors'],
+    'the weights do not stage (expected those of a network': ['evaluate', ISRUC, *FROM],
+    'Chin (isruc-s3-simulated); found Fpz-Cz, Pz-Oz, HEOG, Chin (sleep-edf-simulated)). Prepare': ['evaluate', SLEEP, '--weights', '@made/tuned.safetensors'],
     'already seen': ['evaluate', ISRUC, '--weights', '@made/tuned.safetensors', '--split', '@other.json'],
     'each of which is named once (expected EEG, EOG, EMG; found ECG)': ['train', 'sleepsmc', ISRUC, *OUT, '--primary', 'ECG'],
     'channel mode is unknown': ['train', 'sleepsmc', ISRUC, *OUT, '--channel-mode', 'soup'],

@@ -314,6 +314,19 @@ def test_plain_folder_takes_no_other_nights_hypnogram(tmp_path):
     write(tmp_path/'other'/'a1.txt', 'W\n' * 8)
     assert plain_folder(tmp_path).nights.hypnogram.tolist() == ['']
 
+def test_names_of_sleep_edf_in_a_plain_folder(tmp_path):
+    "Their hypnograms are not named after them; and two nights are one person."
+    for p in sample_files(): shutil.copy(p, tmp_path)
+    with pytest.raises(SleepnbError, match=r'names of Sleep-EDF.*found SC4001E0-PSG.edf\). Prepare it as sleep-edf.'): plain_folder(tmp_path)
+    (tmp_path/'SC4001EC-Hypnogram.edf').rename(tmp_path/'SC4001E0-Hypnogram.edf')
+    assert plain_folder(tmp_path).nights.hypnogram.tolist() == [str(tmp_path/'SC4001E0-Hypnogram.edf')]
+
+def test_a_cohort_is_called_like_its_folder(tmp_path, monkeypatch):
+    write_psg(tmp_path/'lab'/'sub-a'/'sub-a_eeg.edf', ['C3-A2'], annotations=pieces())
+    monkeypatch.chdir(tmp_path/'lab')
+    for make in (plain_folder, bids):
+        assert [make(o).name for o in (tmp_path/'lab', '.', 'sub-a/..')] == ['lab']*3 and make('.', name='x').name == 'x'
+
 def test_plain_folder_subjects(tmp_path):
     for name in ('x/one', 'x/two', 'y/one', 'z_1', 'z_2'): write_psg(tmp_path/f'{name}.edf', ['C3-A2'], annotations=pieces())
     assert plain_folder(tmp_path).nights.subject.tolist() == ['x', 'x', 'y', 'z_1', 'z_2']
@@ -323,7 +336,7 @@ def test_plain_folder_subjects(tmp_path):
 
 def test_plain_folder_subjects_that_may_be_one(tmp_path):
     for name in ('A_n1', 'A_n2', 'B_n1'): write_psg(tmp_path/f'{name}.edf', ['C3-A2'], annotations=pieces())
-    assert repr(plain_folder(tmp_path)) == 'folder: 3 nights of 3 subjects (A_n1, A_n2, B_n1), channels C3-M2'
+    assert repr(plain_folder(tmp_path)) == f'{tmp_path.name}: 3 nights of 3 subjects (A_n1, A_n2, B_n1), channels C3-M2'
     for how in (r'(.+)_n', lambda path: path.split('_')[0]):
         cohort = plain_folder(tmp_path, subject=how)
         assert '3 nights of 2 subjects (A, B)' in repr(cohort)

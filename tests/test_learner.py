@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from sleepnb.callbacks import Checkpoint, KeepBest, Unfreeze, stage_metrics
 from sleepnb.core import UNSCORED, SleepnbError, SplitError, WeightsError, seed_of
-from sleepnb.data.loaders import Stores, draw_triplets, labelled_loaders, pretraining_loaders
+from sleepnb.data.loaders import Stores, draw_triplets, labelled_loaders, pretraining_loaders, scoring_loaders
 from sleepnb.data.psg import Night
 from sleepnb.data.splits import Split
 from sleepnb.data.store import Cohort, prepare
@@ -341,6 +341,26 @@ def test_sleepsmc_weights_go_through_a_file(ward_loaders, tmp_path, primary, cha
     load_weights(path, into=SleepSMC(**learn.model.config))
     with pytest.raises(WeightsError, match='built otherwise'): load_weights(path, into=SleepSMC(**learn.model.config | dict(clip=9.)))
     with pytest.raises(WeightsError, match='no backbone'): finetune_learner(labelled_loaders(stores, among('abc', 'd', 'e', WARDS)), path)
+
+def test_people_of_another_cohort_are_all_tested(wards, ward_loaders, tmp_path):
+    "Any montage will do for a CAM, also one without a modality; and the same people under another name come out the same."
+    learn = sleepsmc_learner(ward_loaders(), None, 'cam')
+    path = save_learner(learn, tmp_path/'w.safetensors')
+    nights = pd.DataFrame(dict(subject=list('vwx'), night=1))
+    for name,channels in dict(bare=('Fz-M1', 'C3-M2'), same=WARDS['ward']).items():
+        read = lambda row: read_synth(row | dict(subject='abc'['vwx'.index(row['subject'])]), 'ward')
+        if name == 'bare':
+            def read(row):
+                made = synth_night(channels, n_epochs=6, subject=row['subject'])
+                return Night(list(made.x), [100]*2, [parse_channel(c) for c in channels], made.stages)
+        prepare(Cohort(name, nights, channels, read), tmp_path/name, 'sleepsmc', progress=False)
+    bare = predict_stages(load_learner(path, scoring_loaders(tmp_path/'bare', modalities=('EEG',))))
+    assert bare.subject.value_counts().to_dict() == dict(v=6, w=6, x=6) and np.isfinite(bare.p_W).all() and bare.p_W.nunique() > 1
+    same = predict_stages(load_learner(path, scoring_loaders(tmp_path/'same', modalities=MODALITIES)))
+    known = predict_stages(learn, 'train').query("cohort == 'ward'")
+    assert np.allclose(same.p_W, known.p_W, atol=1e-5) and same.stage.tolist() == known.stage.tolist()
+    with pytest.raises(SplitError, match='seen some of these people .found eyes/a, eyes/b, eyes/c, eyes/d'):
+        load_learner(path, scoring_loaders(wards[1], modalities=('EEG', 'EOG')))
 
 def test_every_subset_stages(ward_loaders):
     learn = fitted(sleepsmc_learner(ward_loaders(), primary=None), 1)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from sleepnb.core import SplitError
 from sleepnb.data import splits
+from sleepnb.data.psg import sample_files
 from sleepnb.data.splits import PARTS, Split, check_no_leak, check_unseen, holdout_split, kfold_splits, label_budget
 
 many = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -259,7 +260,9 @@ def test_moved_subject_newer_file_and_other_files(saved, tmp_path):
     refused([], 'not a split')
     refused('['*100_000, 'cannot be read')
     refused('9'*10_000, 'cannot be read')
-    refused('', 'cannot be read')
+    refused('', 'cannot be read (expected a file that Split.save wrote; found a damaged file, or one of another kind). Name another file')
+    path.write_bytes(sample_files()[0].read_bytes()[:5000])
+    with pytest.raises(SplitError, match='found a damaged file, or one of another kind'): Split.load(path)
     forged = dict(content, test=content['train'])
     forged['id'] = splits._digest({k: v for k,v in forged.items() if k not in ('format', 'version', 'id')})
     refused(forged, 'more than one part')

@@ -203,6 +203,7 @@ def test_a_renaming_is_flushed_before_the_next(tmp_path, monkeypatch):
     flush,rename = os.fsync, os.replace
     monkeypatch.setattr(os, 'fsync', lambda f: (done.append('folder' if stat.S_ISDIR(os.fstat(f).st_mode) else 'file'), flush(f)))
     monkeypatch.setattr(os, 'replace', lambda a, b: (done.append('rename'), rename(a, b)))
+    monkeypatch.setattr(os, 'link', lambda a, b, link=os.link: (done.append('rename'), link(a, b)))
     prepare(cohort(['a']), tmp_path, progress=False)
     assert done == ['file', 'rename', 'folder'] * 3                 # manifest, array, record
 
@@ -221,6 +222,55 @@ def test_failed_nights_are_reported_and_the_rest_goes_on(tmp_path):
     assert prepare(cohort(['a', 'b']), tmp_path/'s', progress=False).failed == {}
     with pytest.raises(StoreError, match='no night could be prepared'): prepare(cohort(['broken']), tmp_path/'t', progress=False)
 
+@pytest.mark.parametrize('failing', ['broken', 'bug'])
+def test_a_store_that_holds_no_night_is_in_nobodys_way(tmp_path, failing):
+    "What the first settings could not prepare, corrected settings may, in the same folder."
+    with pytest.raises(StoreError, match='no night could be prepared'): prepare(cohort([failing]), tmp_path/'s', progress=False)
+    assert not (tmp_path/'s').exists()
+    store = prepare(cohort(['a'], name='other'), tmp_path/'s', 'mtssrl', progress=False)
+    assert store.cohort == 'other' and len(store.nights) == 1
+    with pytest.raises(StoreError, match='no night could'): prepare(cohort([failing], name='other'), tmp_path/'s', 'mtssrl', progress=False)
+    assert len(EpochStore(tmp_path/'s').failed) == 1                # a store with nights keeps the reasons
+
+def test_of_two_at_once_that_differ_one_gets_the_store(tmp_path):
+    "The other comes while the first reads its first night, and has a night first."
+    prepared,mine = [], cohort(['a', 'b'])
+    def read(row):
+        if not prepared: prepared.append(prepare(cohort(['a'], name='other'), tmp_path/'s', progress=False))
+        return read_synth(row)
+    with pytest.raises(StoreError, match='no night could be prepared .*prepared differently .*expected cohort example; found cohort other'):
+        prepare(replace(mine, read=read), tmp_path/'s', progress=False)
+    store = EpochStore(tmp_path/'s')
+    assert (store.cohort, len(store.nights), len(store.failed)) == ('other', 1, 2)
+
+def test_a_manifest_is_written_once_whoever_writes(tmp_path, monkeypatch):
+    manifests = [dict(cohort=c) for c in 'ab']
+    def both_at_once(a, b): # between looking and linking
+        monkeypatch.undo()
+        Path(b).write_text(json.dumps(manifests[1]))
+        os.link(a, b)
+    monkeypatch.setattr(os, 'link', both_at_once)
+    with pytest.raises(FileExistsError): store_module._write_json(tmp_path/'m.json', manifests[0], new=True)
+    assert json.loads((tmp_path/'m.json').read_text()) == manifests[1] and len([*tmp_path.iterdir()]) == 1
+    def without_links(a, b): raise PermissionError(1, 'Operation not permitted')
+    monkeypatch.setattr(os, 'link', without_links)
+    store_module._write_json(tmp_path/'n.json', manifests[0], new=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['m.json', 'n.json']
+
+def test_ctrl_c_is_heard_by_one_process(tmp_path):
+    "Workers would print where they were."
+    def read(row):
+        (tmp_path/f'{row["subject"]}.txt').write_text(signal.getsignal(signal.SIGINT).name)
+        return read_synth(row)
+    before = signal.getsignal(signal.SIGINT)
+    prepare(replace(cohort(['a', 'b']), read=read), tmp_path/'s', jobs=2, progress=False)
+    assert [(tmp_path/f'{s}.txt').read_text() for s in 'ab'] == ['SIG_IGN']*2 and signal.getsignal(signal.SIGINT) is before
+
+def test_a_manifest_without_nights_says_so(tmp_path):
+    prepare(cohort(['a']), tmp_path, progress=False)
+    for p in (tmp_path/'nights').iterdir(): p.unlink()
+    with pytest.raises(StoreError, match='prepared differently .*It holds no night: delete it'): prepare(cohort(['a'], name='other'), tmp_path, progress=False)
+
 @pytest.mark.parametrize('change,what', [
     (dict(name='other'), 'cohort'), (dict(wanted=('C3-M2', 'Chin')), 'channels'), (dict(crop_wake_min=30), 'crop_wake_min'),
     (dict(options=dict(scorer=2)), 'scorer')])
@@ -229,7 +279,7 @@ def test_what_differs_is_refused(tmp_path, change, what):
     prepare(first, tmp_path, progress=False)
     changed = Cohort(**{k: getattr(first, k) for k in ('name', 'nights', 'wanted', 'read', 'crop_wake_min')} | change)
     with pytest.raises(StoreError, match=what): prepare(changed, tmp_path, progress=False)
-    with pytest.raises(StoreError, match='recipe'): prepare(first, tmp_path, 'mtssrl', progress=False)
+    with pytest.raises(StoreError, match=r'\(expected recipe mtssrl; found recipe stager\)'): prepare(first, tmp_path, 'mtssrl', progress=False)
     assert len(prepare(cohort(['a', 'b']), tmp_path, progress=False).nights) == 2    # more nights of the same are welcome
 
 def test_a_store_shows_the_nights_of_its_cohort(tmp_path):
@@ -260,7 +310,7 @@ def test_changed_files_are_prepared_again(tmp_path):
     times = hypnogram.stat()
     hypnogram.write_bytes(bytes([3]))
     os.utime(hypnogram, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.warns(UserWarning, match='1 nights .* are prepared again.*b_1-'):
+    with pytest.warns(UserWarning, match='1 night must be prepared again.*b_1-'):
         store = prepare(files, tmp_path/'store', progress=False)
     assert store.stages.reshape(3, 10).tolist() == [[2]*10, [3]*10, [2]*10]
     assert {k.split('/')[-1][:2] for k,v in contents(tmp_path/'store').items() if v != before[k]} == {'b_'}

@@ -274,7 +274,7 @@ def anphy(
         if 'edf' in files: rows.append((subject.name[5:], 1, files['edf'][0], files.get('txt', [None])[0]))
     return _cohort('anphy', _table(folder, rows, 'EPCTL01/….edf'), _wanted('anphy', wanted), 'one .txt beside it')
 
-# %% ../../nbs/130_data.cohorts.ipynb #bee92d68
+# %% ../../nbs/130_data.cohorts.ipynb #9a98cc11
 def _names(
     wanted:Iterable[str]|None,
     folder:str|Path,
@@ -282,6 +282,8 @@ def _names(
     if isinstance(wanted, str):
         raise MontageError('channels must come in a list', where=folder, found=repr(wanted), expected='a list of names')
     return tuple(wanted or ())
+
+def _own_name(folder:str|Path)->str: return Path(folder).expanduser().resolve().name
 
 def _channels_of(
     recording:str,
@@ -307,7 +309,7 @@ def _usual_channels(
     usual = [name for name,n in times.items() if 2*n >= len(found)]
     if not usual:
         raise MontageError('no channel is in half of the recordings', found=', '.join(times), where=Path(recording).parent,
-                           remedy='Name those you want: wanted=["C3-M2", …].')
+                           remedy='Name those you want, for example wanted=["C3-M2", "E1"].')
     order = [*Modality]
     return tuple(sorted(usual, key=lambda name: order.index(parse_channel(name).modality)))
 
@@ -322,7 +324,7 @@ def _references(
 def _read_bids(row:dict, aliases:dict[str, str]|None, **how)->Night:
     return _read(row, aliases=_references(row['channels']) | (aliases or {}), **how)
 
-# %% ../../nbs/130_data.cohorts.ipynb #d6fe3582
+# %% ../../nbs/130_data.cohorts.ipynb #28040aca
 def bids(
     folder:str|Path,                   # with `sub-…`
     wanted:Iterable[str]|None=None,    # names; by default those that half of the recordings have
@@ -331,7 +333,7 @@ def bids(
     column:str|None=None,              # which column of a table holds the stages, as for `read_hypnogram`
     epoch_sec:float=EPOCH_SEC,         # length of the scorer's epochs, as for `read_hypnogram`
     unit:str|None=None,                # overrides the files': `'uV'`, `'mV'` or `'V'`
-    name:str='bids',
+    name:str|None=None,                # by default that of the folder
     crop_wake_min:float|None=None,     # minutes of wake to keep around sleep
 )->Cohort:
     """The EEG recordings of a BIDS folder.
@@ -346,8 +348,8 @@ def bids(
     nights = _table(folder, rows, 'sub-…_eeg.edf').assign(channels=channels)
     own = (_references(o) | (aliases or {}) for o in nights.channels)
     wanted = _names(wanted, folder) or _usual_channels(nights.recording, own)
-    return _cohort(name, nights, tuple(wanted), '…_hypnogram.tsv or …_events.tsv beside it', _read_bids, crop_wake_min,
-                   aliases=aliases, vocabulary=vocabulary, column=column, epoch_sec=epoch_sec, unit=unit)
+    return _cohort(name or _own_name(folder), nights, tuple(wanted), '…_hypnogram.tsv or …_events.tsv beside it', _read_bids,
+                   crop_wake_min, aliases=aliases, vocabulary=vocabulary, column=column, epoch_sec=epoch_sec, unit=unit)
 
 # %% ../../nbs/130_data.cohorts.ipynb #9550473f
 _EDF = '.edf', '.bdf', '.rec'
@@ -369,7 +371,7 @@ def _owner(
     fits = {p: named_after(path, p) for p in recordings if p.parent == path.parent and p != path}
     return max((p for p,n in fits.items() if n), key=fits.get, default=None)
 
-# %% ../../nbs/130_data.cohorts.ipynb #49bdc025
+# %% ../../nbs/130_data.cohorts.ipynb #349a0669
 def _scored(
     recordings:list[Path],
     others:list[Path],      # files that may be hypnograms
@@ -401,6 +403,8 @@ def _subject(
     raise SleepnbError('this name does not tell the subject', where=path, remedy='Correct it, or rename the file.',
                        expected='a name from the function' if callable(how) else f'something that matches {how!r}')
 
+_CASSETTE = r'SC4\d{3}[A-Z]\d-PSG\.edf'
+
 def plain_folder(
     folder:str|Path,
     wanted:Iterable[str]|None=None,    # names; by default those that half of the recordings have
@@ -411,7 +415,7 @@ def plain_folder(
     column:str|None=None,              # which column of a table holds the stages, as for `read_hypnogram`
     epoch_sec:float=EPOCH_SEC,         # length of the scorer's epochs, as for `read_hypnogram`
     unit:str|None=None,                # overrides the files': `'uV'`, `'mV'` or `'V'`
-    name:str='folder',
+    name:str|None=None,                # by default that of the folder
     crop_wake_min:float|None=None,     # minutes of wake to keep around sleep
 )->Cohort:
     """Recordings and hypnograms that belong together by name, or recordings that carry their own stages.
@@ -422,14 +426,17 @@ def plain_folder(
     others = [p for p,_ in _files(folder, r'.*\.(csv|tsv|txt|xml)')] + [p for p in files if p not in recordings]
     others = [p for p in others if p.name.endswith(ending) and (ending or not is_staging(p))]
     scored,below = _scored(recordings, others), Path(folder).expanduser()
+    if cassette := [p.name for p in recordings if p not in scored and re.fullmatch(_CASSETTE, p.name, re.I)]:
+        raise SleepnbError('these are names of Sleep-EDF, which tell subjects and hypnograms in a way of their own',
+                           where=folder, found=', '.join(cassette[:3]) + ' …'*(len(cassette) > 3), remedy='Prepare it as sleep-edf.')
     paths = [p.relative_to(below) for p in recordings]
     night = lambda path: '/'.join([*path.parts[1:-1], path.stem])       # what stands between subject and ending
     rows = [(_subject(path, subject), night(path), p, scored.get(p)) for p,path in zip(recordings, paths)]
     nights = _table(folder, rows, 'recordings such as ….edf')
     wanted = _names(wanted, folder) or _usual_channels(nights.recording, [aliases] * len(nights))
-    return _cohort(name, nights, tuple(wanted), 'a file beside it whose name begins with the same', crop_wake_min=crop_wake_min,
-                   options=dict(subject='a function' if callable(subject) else subject, ending=ending), aliases=aliases,
-                   vocabulary=vocabulary, column=column, epoch_sec=epoch_sec, unit=unit)
+    return _cohort(name or _own_name(folder), nights, tuple(wanted), 'a file beside it whose name begins with the same',
+                   crop_wake_min=crop_wake_min, aliases=aliases, vocabulary=vocabulary, column=column, epoch_sec=epoch_sec,
+                   unit=unit, options=dict(subject='a function' if callable(subject) else subject, ending=ending))
 
 # %% ../../nbs/130_data.cohorts.ipynb #f23c94a6
 SHORT_NAMES = {'sleep-edf': 'sleep-edf-78', 'isruc': 'isruc-s1', 'mass-ss3': 'mass'}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXES', 'Stores', 'batch_order', 'Neighbours', 'draw_triplets', 'draw_pairs', 'draw_runs', 'show_batch',
-           'EpochLoader', 'rows_of', 'labelled_loaders', 'pretraining_loaders']
+           'EpochLoader', 'rows_of', 'labelled_loaders', 'scoring_loaders', 'pretraining_loaders']
 
 # %% ../../nbs/150_data.loaders.ipynb #7645efda
 from collections.abc import Callable, Iterable
@@ -399,20 +399,20 @@ class EpochLoader(DataLoader):
 
     def show_batch(self, b=None, max_n:int=6): show_batch(self.stores, b or self.one_batch(), max_n)
 
-# %% ../../nbs/150_data.loaders.ipynb #ef178e8b
+# %% ../../nbs/150_data.loaders.ipynb #2c41d799
 def rows_of(
     stores:Stores,
-    split:Split,
+    split:Split|None,   # `None`: everybody is in the part
     part:str,           # `'train'`, `'valid'` or `'test'`
     scored:bool=True,   # only epochs that have a stage
 )->pd.DataFrame:        # of `stores.epochs`: the index is the row
     """The epochs of a part.
 
     Raises `SplitError` when there are none."""
-    epochs = split.select(stores.epochs, part)
+    epochs = split.select(stores.epochs, part) if split else stores.epochs
     if scored: epochs = epochs[epochs.stage != UNSCORED]
     if epochs.empty:
-        raise SplitError(f'the stores have no epoch for the {part} part', where=f'split {split.id}',
+        raise SplitError(f'the stores have no epoch for the {part} part', where=split and f'split {split.id}',
                          found=', '.join(stores.cohorts))
     return epochs
 
@@ -454,6 +454,21 @@ def labelled_loaders(
     train = train[label_budget(train, labels, seed, by)]
     return _loaders(stores, split, train, valid, device, bs=bs, mix=mix, min_steps=min_steps, seed=seed,
                     modalities=modalities, num_workers=num_workers)
+
+# %% ../../nbs/150_data.loaders.ipynb #ffa205dc
+def scoring_loaders(
+    stores:Stores|EpochStore|str|Path|Iterable, # `Stores`, or what makes one
+    bs:int=100,
+    modalities:tuple[str, ...]|None=None,  # divide the channels by these
+    device:str|torch.device|None=None,     # where batches go; `None`: the graphics card, if there is one
+)->DataLoaders:                            # all scored epochs, twice; their `split` is `None`
+    "Batches of everybody, for a network that has seen none of them; for no training."
+    stores = stores if isinstance(stores, Stores) else Stores(stores)
+    rows = rows_of(stores, None, 'test').index
+    loaders = [EpochLoader(stores, rows, bs, modalities=modalities) for _ in range(2)]
+    made = DataLoaders(*loaders, device=device or default_device())
+    made.split = None
+    return made
 
 # %% ../../nbs/150_data.loaders.ipynb #cb083289
 def pretraining_loaders(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'Split', 'holdout_split', 'kfold_splits', 'label_budget', 'check_no_leak', 'check_unseen']
 
-# %% ../../nbs/140_data.splits.ipynb #e17841f0
+# %% ../../nbs/140_data.splits.ipynb #02200d2a
 import json
 import os
 import re
@@ -22,7 +22,7 @@ from uuid import uuid4
 import numpy as np
 import pandas as pd
 
-from ..core import UNSCORED, SplitError, Stage, rng
+from ..core import UNSCORED, SplitError, Stage, plural, rng
 
 # %% ../../nbs/140_data.splits.ipynb #a441ca24
 PARTS = ('train', 'valid', 'test')
@@ -36,7 +36,7 @@ def _text(
     text = str(value) if isinstance(value, (str, Integral)) else ''
     return text if text and text.isprintable() and text == text.strip() else None
 
-# %% ../../nbs/140_data.splits.ipynb #c87a3eeb
+# %% ../../nbs/140_data.splits.ipynb #4f9cc678
 def _texts(
     table:pd.DataFrame,
     column:str,     # of ids
@@ -47,7 +47,7 @@ def _texts(
         raise SplitError(f'{column} has no usable id', where=f'row {table.index[i]} of the table',
                          expected='text or a whole number, without invisible characters',
                          found=repr(table[column].iloc[i]),
-                         remedy=f'Fill it in; read tables with dtype={{"{column}": str}}.')
+                         remedy='Fill it in, and keep ids as text, so that 07 stays 07.')
     return texts
 
 # %% ../../nbs/140_data.splits.ipynb #b1e68b49
@@ -112,7 +112,7 @@ def _write(
         os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
 
-# %% ../../nbs/140_data.splits.ipynb #9e6a95ad
+# %% ../../nbs/140_data.splits.ipynb #6e30698d
 def _read(
     path:Path, # as `_write` wrote it
 )->dict:       # its content
@@ -120,9 +120,11 @@ def _read(
     def error(what, expected, found, remedy='Restore the file, for example from version control.'):
         return SplitError(what, where=path, expected=expected, found=found, remedy=remedy)
     try: content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e:
-        why = getattr(e, 'strerror', None) or str(e)
-        raise error('the split cannot be read', 'a file that `Split.save` wrote', why) from e
+    except OSError as e:
+        raise error('the split cannot be read', 'a file that Split.save wrote', e.strerror, 'Check its name.') from e
+    except (ValueError, RecursionError) as e:
+        raise error('the split cannot be read', 'a file that Split.save wrote', 'a damaged file, or one of another kind',
+                    'Name another file; if this was a split, restore it.') from e
     if not isinstance(content, dict) or content.pop('format', None) != _FORMAT:
         raise error('this is not a split', f'"format": "{_FORMAT}"', 'something else', 'Name another file.')
     if (version := content.pop('version', None)) != _VERSION:
@@ -187,7 +189,7 @@ def _by_cohort(
 
 def _from_cohorts(subjects): return [(c, s) for c,names in subjects.items() for s in names]
 
-# %% ../../nbs/140_data.splits.ipynb #c4ad0e81
+# %% ../../nbs/140_data.splits.ipynb #6c1cc190
 @dataclass(frozen=True, repr=False)
 class Split:
     """Which subjects train, validate and are tested; nobody is in two parts, and no part is empty.
@@ -241,7 +243,7 @@ class Split:
         if unknown := set(pairs) - parts.keys():
             raise SplitError('the table has subjects that the split does not know', where=f'split {self.id}',
                              expected=f'such as {_names(self.train, 3)}', found=_names(unknown), remedy=
-                             'Keep ids as text, dtype={"subject": str}, or make a split that includes them.')
+                             'Keep ids as text, so that 07 stays 07, or make a split that includes them.')
         return pd.Series([parts[p] for p in pairs], index=table.index, dtype=object, name='part')
 
     def select(self,
@@ -345,7 +347,7 @@ def kfold_splits(
             parts.append(_deal(cohort, subjects[start:] + subjects[:start], len(fold), valid))
     return [Split(**_join(parts), name=f'{k}-fold', seed=seed, fold=i, k=k) for i,parts in enumerate(dealt)]
 
-# %% ../../nbs/140_data.splits.ipynb #652de47a
+# %% ../../nbs/140_data.splits.ipynb #9cc59db2
 def label_budget(
     epochs:pd.DataFrame, # training epochs: `cohort`, `subject`, `night`, `epoch`, `stage`
     fraction:float,      # of the scored epochs of each stage, or of the subjects, in (0, 1]
@@ -362,7 +364,7 @@ def label_budget(
     if by not in ways: raise SplitError('by is a way to choose', expected=' or '.join(ways), found=repr(by))
     tidy = _tidy(epochs, [*_EPOCH, 'stage'])
     scored = tidy[tidy.stage != UNSCORED]
-    if scored.empty: raise SplitError('no epoch is scored', found=f'{len(tidy)} epochs, all without a stage')
+    if scored.empty: raise SplitError('no epoch is scored', found=f'{plural(len(tidy), "epoch")}, all without a stage')
     (group,unit),chosen = ways[by],np.zeros(len(tidy), dtype=bool)
     for key,rows in scored.groupby(group):
         numbers = rows.groupby(unit).ngroup().to_numpy() # in sorted order, so the order of rows does not matter
@@ -389,7 +391,7 @@ def check_no_leak(
                              expected=f'only {part}', found=f'{_names(leaks)} ({parts})',
                              remedy=f'Take the rows with split.select(table, "{part}").')
 
-# %% ../../nbs/140_data.splits.ipynb #f9f4f203
+# %% ../../nbs/140_data.splits.ipynb #9cbab3b4
 def check_unseen(
     split:Split,
     seen:pd.DataFrame|Iterable[tuple[str, str]], # whom a model was trained on: a table, or (cohort, subject)
@@ -399,6 +401,6 @@ def check_unseen(
     _check_part(part)
     held = set(getattr(split, part))
     if known := held & set(_pairs(seen)):
-        raise SplitError(f'the model has already seen {len(known)} of {len(held)} {part} subjects',
+        raise SplitError(f'the model has already seen {len(known)} of {plural(len(held), f"{part} subject")}',
                          where=f'split {split.id}', expected='none', found=_names(known), remedy=
                          'Use the split that the model was trained with, or train it again without them.')

@@ -6,15 +6,17 @@
 __all__ = ['RECIPES', 'STORED', 'FORMAT', 'Recipe', 'preprocess_night', 'Whole', 'Cohort', 'EpochStore', 'compare_counts',
            'prepare']
 
-# %% ../../nbs/120_data.store.ipynb #9d58c0b1
+# %% ../../nbs/120_data.store.ipynb #61874892
 import hashlib
 import json
 import os
 import re
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from numbers import Integral
@@ -26,7 +28,7 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from ..core import RecordingError, SleepnbError, Stage, StoreError
+from ..core import RecordingError, SleepnbError, Stage, StoreError, plural, unwritable
 from .preprocess import FS, crop_wake, filter_resample, hold, robust_stats, to_epochs
 from .psg import Night, counts_as_text
 from ..montage import parse_channel
@@ -70,7 +72,7 @@ def preprocess_night(
         made[:, i] = to_epochs(np.pad(y, (0, short), 'edge'))[keep]
     return made, there, keep
 
-# %% ../../nbs/120_data.store.ipynb #2ee02443
+# %% ../../nbs/120_data.store.ipynb #85cc6c9f
 class Whole(NamedTuple):
     "The size of a dataset as published."
     nights:int
@@ -91,7 +93,8 @@ class Cohort:
     def __repr__(self):
         people = [*dict.fromkeys(self.nights.subject.astype(str))]
         some = ', '.join(people[:5]) + ' …' * (len(people) > 5)
-        return f'{self.name}: {len(self.nights)} nights of {len(people)} subjects ({some}), channels {", ".join(self.wanted)}'
+        nights = f'{plural(len(self.nights), "night")} of {plural(len(people), "subject")}'
+        return f'{self.name}: {nights} ({some}), channels {", ".join(self.wanted)}'
 
 # %% ../../nbs/120_data.store.ipynb #9be63276
 STORED = np.dtype([('x', '<i2', 3000), ('step', '<f4')]) # one epoch of one channel: µV = x · step
@@ -105,7 +108,7 @@ def _quantise(
     made['x'] = np.round(x / made['step'][..., None])
     return made
 
-# %% ../../nbs/120_data.store.ipynb #ffd4d99b
+# %% ../../nbs/120_data.store.ipynb #d6b61548
 def _sync(
     folder:Path,
 ):
@@ -115,22 +118,30 @@ def _sync(
     try: os.fsync(opened)
     finally: os.close(opened)
 
+def _put_new(temporary:Path, path:Path):
+    try: os.link(temporary, path)
+    except FileExistsError: raise
+    except OSError: os.replace(temporary, path) # some file systems know no links
+
 def _write(
     path:Path,
     save:Callable, # writes to an open binary file
+    new:bool=False,# must there be none?
 ):
-    "Writes a file so that it is there whole or not at all."
+    """Writes a file so that it is there whole or not at all.
+
+    Raises `FileExistsError` when it is there and has to be new, whoever else writes it at this moment."""
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         with temporary.open('wb') as f:
             save(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        (_put_new if new else os.replace)(temporary, path)
     finally: temporary.unlink(missing_ok=True)                   # after an error or Ctrl-C
     _sync(path.parent)
 
-def _write_json(path:Path, content:dict): _write(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
+def _write_json(path:Path, content:dict, **how): _write(path, lambda f: f.write(json.dumps(content, indent=1).encode()), **how)
 
 # %% ../../nbs/120_data.store.ipynb #47fee443
 _CAN_ASK = os.name == 'posix'
@@ -233,7 +244,82 @@ def _is_done(
     if _begin(found['file'], len(found['stages']), len(cohort.wanted)) is None: return False
     return not _have_changed(sources, record, found['sources'])
 
-# %% ../../nbs/120_data.store.ipynb #65d5cdc3
+# %% ../../nbs/120_data.store.ipynb #98d58ab1
+FORMAT = 2 # of stores; it changes when an older store can no longer be read
+
+def _read_json(path:Path)->dict:
+    try: return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError('this is no store', where=path, found=str(error) if path.parent.exists() else 'no such folder',
+                         remedy='Name a folder that sleepnb prepared.') from error
+
+def _canonical(channels:Iterable[str])->list[str]: return [parse_channel(c).name for c in channels]
+
+def _read_manifest(folder:Path)->dict:
+    found = _read_json(path := folder/'manifest.json')
+    if not isinstance(found, dict) or found.get('format') != FORMAT:
+        raise StoreError('this store has another format', where=path, expected=str(FORMAT), found=repr(found)[:60],
+                         remedy='Prepare it again with this version of sleepnb.')
+    return found | dict(channels=_canonical(found['channels']))
+
+# %% ../../nbs/120_data.store.ipynb #addf62ac
+def _manifest(cohort:Cohort, recipe:Recipe)->dict:
+    decides = dict(format=FORMAT, cohort=cohort.name, channels=_canonical(cohort.wanted), fs=FS,
+                   crop_wake_min=cohort.crop_wake_min, options=cohort.options or {}, recipe=asdict(recipe))
+    decides = json.loads(json.dumps(decides)) # as it will be read again
+    text = json.dumps(decides, sort_keys=True)
+    return decides | dict(id=hashlib.sha256(text.encode()).hexdigest()[:12],
+                          versions={o: version(o) for o in ('sleepnb', 'numpy', 'scipy', 'mne', 'edfio')})
+
+def _decides(manifest:dict)->dict: # what it says, one value for each name
+    recipe = {f'recipe {k}'.removesuffix(' name'): v for k,v in manifest['recipe'].items()}
+    return {k: v for k,v in manifest.items() if k not in ('id', 'versions', 'options', 'recipe')} | manifest['options'] | recipe
+
+def _words(value)->str: # of a manifest
+    if isinstance(value, dict): return ', '.join(f'{k} {_words(v)}' for k,v in value.items()) or 'none'
+    if isinstance(value, list): return ', '.join(map(_words, value))
+    return 'none' if value is None else str(value)
+
+def _check_same(
+    folder:Path,
+    manifest:dict,
+):
+    "Is the folder this cohort's store?"
+    wanted,found = _decides(manifest), _decides(_read_manifest(folder))
+    differ = [k for k in wanted | found if wanted.get(k) != found.get(k)]
+    if 'recipe' in differ: differ = [k for k in differ if not k.startswith('recipe ')]
+    if differ:
+        empty = not any((folder/'nights').glob('*.json'))
+        expected,found = ('; '.join(f'{k} {_words(o.get(k))}' for k in differ) for o in (wanted, found))
+        raise StoreError('this store was prepared differently', where=folder, expected=expected, found=found,
+                         remedy='It holds no night: delete it.' if empty else 'Prepare into another folder.')
+
+def _check_free(
+    folder:Path,
+    manifest:dict,
+):
+    "Is the folder this cohort's store, or may it become one?"
+    if (folder/'manifest.json').exists(): return _check_same(folder, manifest)
+    others = [p.name for p in folder.iterdir() if p.name != 'nights' and p.suffix != '.tmp'] if folder.exists() else []
+    if others or any((folder/'nights').glob('*.json')):
+        if (folder/'manifest.json').exists(): return _check_same(folder, manifest) # it came meanwhile
+        raise StoreError('this folder is not empty, and no store', where=folder, found=', '.join(others[:5]) or 'nights',
+                         remedy='Prepare into a new folder.')
+    if there := unwritable(folder):
+        raise StoreError('nothing can be written there', where=folder, found=f'{there} is write-protected',
+                         remedy='Name another folder.')
+
+def _claim(
+    folder:Path,
+    manifest:dict,
+):
+    "Makes the folder this cohort's store, unless it is."
+    (folder/'nights').mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        if not (folder/'manifest.json').exists(): _write_json(folder/'manifest.json', manifest, new=True)
+    _check_same(folder, manifest)
+
+# %% ../../nbs/120_data.store.ipynb #dac1b3a8
 _LEAST_UV = 1e-3 # scale of a channel that is silent most of the night; less would make NaN of its rare noise
 
 def _prepare_night(
@@ -253,6 +339,7 @@ def _prepare_night(
         if [o.stat().st_mtime_ns for o in _sources(row)] != [ns for *_,ns in sources]:
             raise StoreError('a file changed while it was read', where=', '.join(name for name,*_ in sources),
                              remedy='Prepare again.')
+        _claim(folder.parent, _manifest(cohort, recipe))
         _write(folder/f'{stem}.npy', lambda f: np.save(f, _quantise(x)))
         _write_json(folder/f'{stem}.json', dict(subject=str(row['subject']), night=str(row['night']),
             first_epoch=keep.start, stages=_stages_as_text(night.stages[keep]), there=there.tolist(),
@@ -261,10 +348,7 @@ def _prepare_night(
     except SleepnbError as error: return str(error)
     except Exception as error: return f'{stem}: {type(error).__name__}: {error}' # one bad file must not stop the others
 
-# %% ../../nbs/120_data.store.ipynb #0aa27c7f
-FORMAT = 2 # of stores; it changes when an older store can no longer be read
-
-# %% ../../nbs/120_data.store.ipynb #fc1dc996
+# %% ../../nbs/120_data.store.ipynb #8d801e7b
 def _folder(
     path:str|Path,
 )->Path:
@@ -273,21 +357,6 @@ def _folder(
     path = Path(path).expanduser()
     if path.is_file(): raise StoreError('this is a file, and a store is a folder', where=path, remedy='Name a folder.')
     return path
-
-def _read_json(path:Path)->dict:
-    try: return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError('this is no store', where=path, found=str(error) if path.parent.exists() else 'no such folder',
-                         remedy='Name a folder that sleepnb prepared.') from error
-
-def _canonical(channels:Iterable[str])->list[str]: return [parse_channel(c).name for c in channels]
-
-def _read_manifest(folder:Path)->dict:
-    found = _read_json(path := folder/'manifest.json')
-    if not isinstance(found, dict) or found.get('format') != FORMAT:
-        raise StoreError('this store has another format', where=path, expected=str(FORMAT), found=repr(found)[:60],
-                         remedy='Prepare it again with this version of sleepnb.')
-    return found | dict(channels=_canonical(found['channels']))
 
 def _read_failed(folder:Path)->dict[str, str]: # night → why it is not here
     path = folder/'failed.json'
@@ -335,7 +404,7 @@ def _read_night(
                 raise StoreError('the signals of a night were cut off', where=file, remedy='Prepare it again.')
             np.multiply(one['x'], one['step'][:, None], out=made[k])
 
-# %% ../../nbs/120_data.store.ipynb #5e35fc04
+# %% ../../nbs/120_data.store.ipynb #591b9e33
 class EpochStore:
     "The epochs of prepared nights, read from disk when they are asked for."
     def __init__(self,
@@ -401,9 +470,9 @@ class EpochStore:
         return made
 
     def __repr__(self):
-        failed = f'; {len(self.failed)} nights failed, see .failed' if self.failed else ''
-        return (f'{self.cohort}: {len(self.nights)} nights of {self.nights.subject.nunique()} subjects, '
-                f'{len(self)} epochs ({counts_as_text(self.stages)}), channels {", ".join(self.channels)}{failed}')
+        failed = f'; {plural(len(self.failed), "night")} failed, see .failed' if self.failed else ''
+        return (f'{self.cohort}: {plural(len(self.nights), "night")} of {plural(self.nights.subject.nunique(), "subject")}, '
+                f'{plural(len(self), "epoch")} ({counts_as_text(self.stages)}), channels {", ".join(self.channels)}{failed}')
 
 # %% ../../nbs/120_data.store.ipynb #97f2150e
 def compare_counts(
@@ -428,35 +497,7 @@ def _warn_of_counts(store, cohort):
     if table.difference.fillna(0).any() or shares.fillna(False).any():
         warnings.warn(f'{cohort.name}: not the epochs that were published.\n{table.to_string(na_rep="")}', stacklevel=3)
 
-# %% ../../nbs/120_data.store.ipynb #71097acb
-def _manifest(cohort:Cohort, recipe:Recipe)->dict:
-    decides = dict(format=FORMAT, cohort=cohort.name, channels=_canonical(cohort.wanted), fs=FS,
-                   crop_wake_min=cohort.crop_wake_min, options=cohort.options or {}, recipe=asdict(recipe))
-    decides = json.loads(json.dumps(decides)) # as it will be read again
-    text = json.dumps(decides, sort_keys=True)
-    return decides | dict(id=hashlib.sha256(text.encode()).hexdigest()[:12],
-                          versions={o: version(o) for o in ('sleepnb', 'numpy', 'scipy', 'mne', 'edfio')})
-
-def _claim(
-    folder:Path,
-    manifest:dict,
-):
-    "Makes the folder this cohort's store, or checks that it is."
-    path = folder/'manifest.json'
-    if not path.exists():
-        others = [p.name for p in folder.iterdir() if p.name != 'nights' and p.suffix != '.tmp'] if folder.exists() else []
-        if others or any((folder/'nights').glob('*.json')):
-            raise StoreError('this folder is not empty, and no store', where=folder, found=', '.join(others[:5]) or 'nights',
-                             remedy='Prepare into a new folder.')
-    (folder/'nights').mkdir(parents=True, exist_ok=True)
-    if not path.exists(): return _write_json(path, manifest)
-    found = _read_manifest(folder)
-    differ = [k for k in manifest if k not in ('id', 'versions') and manifest[k] != found.get(k)]
-    if differ:
-        raise StoreError('this store was prepared differently', where=folder, remedy='Prepare into another folder.',
-            expected='; '.join(f'{k} {manifest[k]}' for k in differ), found='; '.join(f'{k} {found.get(k)}' for k in differ))
-
-# %% ../../nbs/120_data.store.ipynb #10d4de57
+# %% ../../nbs/120_data.store.ipynb #12030a1c
 def _unfinished(
     cohort:Cohort,
     folder:Path,
@@ -466,8 +507,8 @@ def _unfinished(
     todo = [(row, stem) for row,stem in named if not _is_done(cohort, row, folder/'nights', stem)]
     records = [p for _,stem in todo if (p := folder/'nights'/f'{stem}.json').exists()]
     if records:
-        warnings.warn(f'{len(records)} nights of {folder} are prepared again, because their files have changed since, '
-                      f'or their signals were lost: {", ".join(p.stem for p in records[:5])}.')
+        warnings.warn(f'of {folder} {plural(len(records), "night")} must be prepared again, for files have changed since, '
+                      f'or signals were lost: {", ".join(p.stem for p in records[:5])}.')
     for record in records: record.unlink(missing_ok=True)
     return todo
 
@@ -478,10 +519,18 @@ def _note_failed(
 ):
     "Keeps the reasons for whoever opens the store later."
     failed = {k: why for k,why in _read_failed(folder).items() if k not in tried} | failed
-    if failed: _write_json(folder/'failed.json', failed)
+    if failed and (folder/'manifest.json').exists(): _write_json(folder/'failed.json', failed)
     else: (folder/'failed.json').unlink(missing_ok=True)
 
-# %% ../../nbs/120_data.store.ipynb #272d9923
+# %% ../../nbs/120_data.store.ipynb #97679ace
+@contextmanager
+def _deaf():
+    "Processes that are started meanwhile do not hear Ctrl-C, for they inherit what is ignored."
+    if threading.current_thread() is not threading.main_thread(): return (yield) # which alone decides about signals
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+
 def _check_arguments(cohort, recipe, jobs):
     if not isinstance(recipe, Recipe):
         raise StoreError('there is no such recipe', found=repr(recipe), expected=', '.join(RECIPES))
@@ -509,13 +558,14 @@ def prepare(
     recipe = RECIPES.get(recipe, recipe) if isinstance(recipe, str) else recipe
     _check_arguments(cohort, recipe, jobs)
     folder = _folder(store)
-    _claim(folder, _manifest(cohort, recipe))
+    _check_free(folder, _manifest(cohort, recipe))
     _sweep(folder)
     todo = _unfinished(cohort, folder)
     tasks = (delayed(_prepare_night)(cohort, row, recipe, folder/'nights', stem) for row,stem in todo)
     bar = tqdm(total=len(todo), desc=f'preparing {cohort.name}', unit='night', disable=not progress or not todo)
     results = []
-    for why in Parallel(n_jobs=jobs, return_as='generator')(tasks):
+    with _deaf(): made = Parallel(n_jobs=jobs, return_as='generator')(tasks) # which starts the processes
+    for why in made:
         results.append(why)
         bar.update()
     bar.close()
