@@ -648,7 +648,7 @@ def _staging_as_text(staging, scored, paths):
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #abc5342e
+# %% ../nbs/640_cli.ipynb #52598545
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
@@ -674,8 +674,8 @@ def stage(
     kind:Annotated[_Format, typer.Option('--format', help='Of the stages: tables with probabilities, BIDS events, or EDF+ '
         'annotations.')]=_Format.csv,
     report:Annotated[bool, typer.Option('--report', help='Write a page to read, too: STEM_report.html.')]=False,
-    force:Annotated[bool, typer.Option('--force', help='Replace what an earlier stage wrote, even if it was corrected by hand or '
-        'is of another recording.')]=False,
+    force:Annotated[bool, typer.Option('--force', help='Replace what an earlier stage wrote, even if it was corrected by hand '
+        'or is of another recording.')]=False,
     as_json:Annotated[bool, typer.Option('--json', help='One JSON object per recording instead of text, a line each.')]=False,
 ):
     """Stage recordings.
@@ -717,7 +717,7 @@ def _write_report(staging, path, file, how, force):
     from sleepnb.report import write_report
     return write_report(staging, path, file, how['aliases'], how['unit'], force)
 
-# %% ../nbs/640_cli.ipynb #e245516f
+# %% ../nbs/640_cli.ipynb #5c4fa6c5
 @app.command(epilog='''\b
 Examples:
   sleepnb export --onnx home.onnx --channels C3-M2,E1-E2,Chin
@@ -725,8 +725,8 @@ Examples:
   sleepnb export any.safetensors --onnx home.onnx --channels Fpz-Cz,HEOG''')
 def export(
     onnx:Annotated[Path, typer.Option('--onnx', metavar='FILE', help='Where it goes; replaced if it exists.')],
-    weights:Annotated[Path|None, typer.Argument(metavar='WEIGHTS', help='What finetune or train wrote. Default: those that come '
-        'with sleepnb.')]=None,
+    weights:Annotated[Path|None, typer.Argument(metavar='WEIGHTS', help='What finetune or train wrote. Default: those that '
+        'come with sleepnb.')]=None,
     channels:Annotated[str|None, typer.Option('--channels', metavar='NAMES', help='Channels for which the file will be, with '
         'commas: C3-M2,E1-E2,Chin. Default: those of the training, if there was only one montage.')]=None,
     modalities:Annotated[str|None, typer.Option('--modalities', metavar='NAMES', help='Those to stage with, with commas. '

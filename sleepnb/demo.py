@@ -325,7 +325,7 @@ def verdict(
     if high < 0: return 'The interval lies below zero: for these people, pretraining did harm.'
     return 'The interval has zero within it: these people do not decide whether pretraining helped.'
 
-# %% ../nbs/635_demo.ipynb #069b4beb
+# %% ../nbs/635_demo.ipynb #1c36308f
 def _intro(scale):
     return [_text('What sleepnb does, once and in small, on this machine. For research: sleepnb is not a medical device.'),
         _text('The nights of the cohorts S, I and A are simulated: nobody slept them. One night is real: recording SC4001E0 of',
@@ -350,7 +350,7 @@ def _on_training(out, scale, facts):
               f'It was then fine-tuned on {facts["labels"]} scored epochs of S, {LABELS*100:g} % of those of {scale.train}',
               f'people. The same network learned from these {facts["labels"]} from scratch, with as many passes at most.',
               f'The best pass of each was chosen by {scale.valid} other people of S, who are not those of the test.'),
-        _picture(_draw_courses(out), 'Losses of pretraining, and scores of both networks on the people by whom passes were chosen.')]
+        _picture(_draw_courses(out), 'Losses of pretraining, and scores of both networks on those by whom passes were chosen.')]
 
 def _on_people(tested, results):
     apart = results[(results.network == 'difference') & (results.metric == 'macro_f1')].iloc[0]

@@ -104,7 +104,7 @@ def _list(items)->str: return '<ul>' + ''.join(f'<li>{escape(str(o))}</li>' for 
 
 def _fixed(x:float, digits=1)->str: return '–' if np.isnan(x) else f'{x:.{digits}f}'
 
-# %% ../nbs/630_report.ipynb #0c0d2e6f
+# %% ../nbs/630_report.ipynb #2425f614
 _MEANINGS = dict(
     TIB=('time in bed, here all that was staged', 'min'),
     SPT=('sleep period, from the first epoch of sleep to the last', 'min'), TST=('total sleep time', 'min'),
@@ -123,7 +123,8 @@ def _statistics(
     if values['UNS']: stages.append(('unscored', *of('UNS', 'UNS')[:1], '–', '–'))
     return (html_table(['', '', ''], rows, 'statistics')
             + html_table(['stage', 'minutes', '% of TST', 'latency, min'], stages, 'numbers')
-            + f'<p>Latencies count from the start of what was staged. {escape(note[:1].upper() + note[1:])}{"." * bool(note)}</p>')
+            + '<p>Latencies count from the start of what was staged. '
+            + f'{escape(note[:1].upper() + note[1:])}{"." * bool(note)}</p>')
 
 # %% ../nbs/630_report.ipynb #18ec6207
 def _channels(staging:Staging)->str:

@@ -418,7 +418,7 @@ def _find_night(
     found = start + (np.flatnonzero(likely) if likely.any() else np.arange(n // 4))
     return slice(max(0, 4*int(found[0]) - margin), 4*int(found[-1]) + 4 + margin)
 
-# %% ../nbs/600_stager.ipynb #7fc4a973
+# %% ../nbs/600_stager.ipynb #24836e81
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -447,8 +447,8 @@ class Staging:
     def statistics_note(self)->str:
         "What to know of the statistics of a recording that is longer than a night; empty for a night."
         hours = len(self.stages) * self.epoch_sec / 3600
-        return '' if hours <= LONG_HOURS else (f'the statistics are of all {hours:.1f} h, not of a night: for those of a night, '
-                                               'cut the recording to it, or take sleep_statistics of its epochs')
+        return '' if hours <= LONG_HOURS else (f'the statistics are of all {hours:.1f} h, not of a night: for those of a '
+                                               'night, cut the recording to it, or take sleep_statistics of its epochs')
 
     @property
     def table(self)->pd.DataFrame:
