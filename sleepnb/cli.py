@@ -304,7 +304,7 @@ def pretrain(
     dls = pretraining_loaders(stores, split, seed=seed, device=_checked_device(device))
     _train(mtssrl_learner(dls, lr=lr, seed=seed), passes, out, 'pretraining')
 
-# %% ../nbs/640_cli.ipynb #f657f591
+# %% ../nbs/640_cli.ipynb #9bad4492
 def _inherited(weights, store): # the split of the weights, if it knows this cohort
     from sleepnb.learner import saved_split
     split = saved_split(weights)
@@ -313,7 +313,8 @@ def _inherited(weights, store): # the split of the weights, if it knows this coh
     if strange := {*store.nights.subject} - known:
         known,strange = (', '.join(sorted(o)[:5]) + ' …'*(len(o) > 5) for o in (known, strange))
         raise WeightsError(f'the weights know other people by the name {store.cohort}', where=weights, expected=known,
-            found=strange, remedy='If this is another cohort, prepare it with a name of its own: --name; if not, name a split: --split FILE.')
+            found=strange, remedy='If this is another cohort, prepare it with a name of its own: --name; if not, name a '
+            'split: --split FILE.')
     return split
 
 def _eeg_places(channels): # name → place on the head

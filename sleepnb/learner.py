@@ -189,7 +189,7 @@ def finetune_learner(
     learn.seen_before,learn.origin = seen, digest(*(v.cpu().numpy() for v in backbone.state_dict().values()))
     return learn
 
-# %% ../nbs/530_learner.ipynb #160c2c91
+# %% ../nbs/530_learner.ipynb #d115bebb
 def _check_room(path:Path):
     "Can weights be written there?"
     if path.suffix != '.safetensors' or path.is_dir():
@@ -227,7 +227,8 @@ def fit_to_file(
     if not all(v.isfinite().all() for v in get_model(learn.model).state_dict().values()):
         again = f'Delete {checkpoint}, and train' if checkpoint.exists() else 'Train'
         raise SleepnbError('the training diverged, and no weights were written', where=path,
-                           expected='weights that are numbers', found='some that are infinite or undefined', remedy=f'{again} again with a lower learning rate.')
+                           expected='weights that are numbers', found='some that are infinite or undefined',
+                           remedy=f'{again} again with a lower learning rate.')
     save_learner(learn, path, training=facts, **notes)
     checkpoint.unlink(missing_ok=True)
     return True

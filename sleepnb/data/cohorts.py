@@ -371,7 +371,7 @@ def _owner(
     fits = {p: named_after(path, p) for p in recordings if p.parent == path.parent and p != path}
     return max((p for p,n in fits.items() if n), key=fits.get, default=None)
 
-# %% ../../nbs/130_data.cohorts.ipynb #349a0669
+# %% ../../nbs/130_data.cohorts.ipynb #3615d589
 def _scored(
     recordings:list[Path],
     others:list[Path],      # files that may be hypnograms
@@ -428,7 +428,8 @@ def plain_folder(
     scored,below = _scored(recordings, others), Path(folder).expanduser()
     if cassette := [p.name for p in recordings if p not in scored and re.fullmatch(_CASSETTE, p.name, re.I)]:
         raise SleepnbError('these are names of Sleep-EDF, which tell subjects and hypnograms in a way of their own',
-                           where=folder, found=', '.join(cassette[:3]) + ' …'*(len(cassette) > 3), remedy='Prepare it as sleep-edf.')
+                           where=folder, found=', '.join(cassette[:3]) + ' …'*(len(cassette) > 3),
+                           remedy='Prepare it as sleep-edf.')
     paths = [p.relative_to(below) for p in recordings]
     night = lambda path: '/'.join([*path.parts[1:-1], path.stem])       # what stands between subject and ending
     rows = [(_subject(path, subject), night(path), p, scored.get(p)) for p,path in zip(recordings, paths)]
