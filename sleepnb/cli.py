@@ -741,7 +741,7 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #61552dba
+# %% ../nbs/640_cli.ipynb #ede13af5
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
@@ -749,7 +749,8 @@ _scale = typer.Option('--scale', help='smoke: does it run? small: simulated coho
 _runs = typer.Option('--out', metavar='DIR', help='Where runs are kept.')
 
 def _as_table(table): # ours and what is printed, one line per row of the table
-    table = table.assign(cell=[f'{"–" if math.isnan(r.ours) else f"{r.ours:.4g}"} ({r.printed:g})' for r in table.itertuples()],
+    ours = ['–' if math.isnan(o) else f'{o:.4g}' for o in table.ours]
+    table = table.assign(cell=[f'{o} ({p:g})' for o,p in zip(ours, table.printed)],
                          runs=[f'{r.found}/{r.expected}' if r.expected else 'not built' for r in table.itertuples()])
     keys = ['dataset', 'setting', 'model', 'modality', 'runs']
     wide = table.set_index([*keys, 'metric']).cell.unstack(sort=False)
