@@ -1,8 +1,15 @@
 """What several tests need."""
-import os, shutil, subprocess, sys
+import os, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    "Ctrl-C interrupts, also in a process that runs tests beside others and ignores it."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 @pytest.fixture(scope='session')
 def root(): return Path(__file__).parent.parent

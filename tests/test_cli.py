@@ -35,13 +35,6 @@ def run(*args, encoding='utf-8', **kwargs):
 class Stream(io.StringIO):
     def reconfigure(self, **how): pass
 
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    "Ctrl-C interrupts, also in a process that runs tests beside others and ignores it."
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
 def call(*args):
     "The command within this process, which saves the seconds of importing torch."
     argv,sys.argv = sys.argv,['sleepnb', *map(str, args)]
