@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_to_the_same_result(out, tmp_path):
 
 def test_a_cluster_that_loses_a_worker(tmp_path):
     "Two Dask workers; the one that holds a run is killed. Every run finishes, and those that were finished are not touched."
-    distributed = pytest.importorskip('distributed')
+    import distributed
     runs = [tiny(seed) for seed in range(4)]
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0, host='127.0.0.1') as cluster:
         failed = {}
