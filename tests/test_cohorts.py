@@ -409,7 +409,7 @@ def test_every_cohort_can_be_sent_to_another_process(tmp_path):
     write_psg(tmp_path/'mass'/'01-03-0001 PSG.edf', ['EEG C3-CLE'])
     write_anphy(tmp_path/'anphy', 'EPCTL01')
     write_psg(tmp_path/'bids'/'sub-1'/'eeg'/'sub-1_eeg.edf', ['C3'], annotations=pieces())
-    folders = {'sleep-edf-20': 'edf', 'sleep-edf-78': 'edf', 'isruc-s1': 'isruc', 'isruc-s3': 'isruc', 'folder': 'edf'}
+    folders = {'sleep-edf-20': 'edf', 'sleep-edf-78': 'edf', 'isruc-s1': 'isruc', 'isruc-s3': 'isruc', 'folder': 'bids'}
     for name,make in COHORTS.items():
         cohort = make(tmp_path/folders.get(name, name))
         again = pickle.loads(pickle.dumps(cohort))

@@ -42,7 +42,7 @@ def night(channels):
 def inputs_of(stager, recording, channels):
     found,_ = stager.choose(channels)
     names = [d.got.name for d in found.derivations]
-    p = _prepare(open_source(recording, None)[0], found, stager.recipe, (0., len(recording.stages)))
+    p,_ = _prepare(open_source(recording, None)[0], found, stager.recipe, (0., len(recording.stages)))
     return names, dict(x=np.stack(p.x, 1), median=p.median.astype(np.float32), scale=p.scale.astype(np.float32), there=p.quality == 'good')
 
 NETWORKS = {

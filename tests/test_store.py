@@ -131,7 +131,7 @@ class Dying:
     def __enter__(self): return self
     def __exit__(self, *args): self.file.close()
 
-def plain(path, save):
+def plain(path, save, new=False):
     with path.open('wb') as f: save(f)
 
 if {plainly!r}: store._write = plain
