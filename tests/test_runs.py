@@ -193,3 +193,11 @@ def test_the_shell_computes_nothing_twice(tmp_path):
     states = json.loads(subprocess.run(['sleepnb', 'runs', 'mtssrl-table4', '--scale', 'smoke', '--out', str(tmp_path), '--json'],
                                        capture_output=True, text=True, check=True).stdout)['mtssrl-table4']
     assert (states['expected'], states['done'], states['missing']) == (20, 20, 0)
+
+def test_a_training_for_any_modality_is_tested_with_each(tmp_path):
+    "FeatureNet's one training has the three tests of SleepSMC's Table 2."
+    run, = {r for r in runs_of('sleepsmc-table2', 'smoke') if r.config['primary'] == 'any'}
+    assert not carry_out([run], tmp_path, progress=False)
+    found = read_result(run, tmp_path)
+    assert [*found['scores']] == ['EEG', 'EOG', 'EMG'] == [m for m in dict.fromkeys(n['using'] for n in found['nights'])]
+    assert all((tmp_path/run.id/f'weights {m}.safetensors').exists() for m in found['scores'])

@@ -19,7 +19,7 @@ from fastai.torch_core import get_model
 from sklearn.metrics import cohen_kappa_score, f1_score
 
 from mtssrl import merged
-from sleepnb.callbacks import Checkpoint, TrainingCallback, keep_memory
+from sleepnb.callbacks import Checkpoint, keep_memory
 from sleepnb.data.cohorts import sleep_edf
 from sleepnb.data.loaders import EpochLoader, Stores, labelled_loaders
 from sleepnb.data.psg import Night
@@ -28,6 +28,7 @@ from sleepnb.data.splits import holdout_split, kfold_splits
 from sleepnb.data.store import Cohort, EpochStore, prepare
 from sleepnb.learner import load_learner, predict_stages, save_learner, score_subsets, sleepsmc_learner
 from sleepnb.montage import parse_channel
+from sleepnb.runs import KeepEach
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
 
@@ -62,21 +63,6 @@ def stores_of(work, cohort):
         nights = pd.DataFrame(dict(subject=[f'{i:02}' for i in range(SUBJECTS)], night=1))
         prepare(Cohort(f'{cohort}-simulated', nights, CHANNELS, partial(read_synth, gaps=cohort == 'gaps')), work/cohort, 'sleepsmc')
     return Stores([EpochStore(work/cohort)], in_memory=True)
-
-class KeepEach(TrainingCallback):
-    "The weights of the pass in which each modality stages the validation people best."
-    order = 61
-    def before_fit(self): self.best = {}
-    def after_epoch(self):
-        network = get_model(self.model)
-        for m in network.modalities:
-            made = predict_stages(self.learn, 'valid', (m,))
-            loss = -np.log(made.filter(like='p_').to_numpy()[np.arange(len(made)), made.stage].clip(1e-12)).mean()
-            rank = [float((made.pred == made.stage).mean()), -float(loss)]
-            if m not in self.best or rank > self.best[m]['rank']:
-                self.best[m] = dict(rank=rank, weights={k: v.detach().clone() for k,v in network.state_dict().items()})
-    def state(self): return self.best
-    def set_state(self, state): self.best = state
 
 def split_of(stores, cohort, fold): return holdout_split(stores.nights) if cohort == 'home' else kfold_splits(stores.nights, FOLDS)[fold]
 
