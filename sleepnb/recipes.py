@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SCALES', 'DATASETS', 'RECIPES', 'METRICS', 'Run', 'Scale', 'printed_tables', 'check_recipe', 'table_rows', 'runs_of']
 
-# %% ../nbs/615_recipes.ipynb #9e7d7b3a
+# %% ../nbs/615_recipes.ipynb #a704c941
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import resources
 
 import pandas as pd
@@ -125,7 +124,7 @@ def _sleepsmc(row, scale)->list[Run]:
     return [Run('sleepsmc', config | dict(split=dict(kind='folds', k=5, fold=fold, seed=0), seed=seed))
             for fold in scale.folds for seed in scale.seeds]
 
-# %% ../nbs/615_recipes.ipynb #42389f06
+# %% ../nbs/615_recipes.ipynb #9f12993b
 # name → paper, table, runs of a row
 RECIPES = {f'mtssrl-table{n}': ('MTSSRL-MD', str(n), _mtssrl) for n in range(1, 7)} \
         | {f'sleepsmc-table{n}': ('SleepSMC', str(n), _sleepsmc) for n in (1, 2, 3, 5, 6, 7, 8)}
@@ -134,7 +133,6 @@ METRICS = dict(BACC='balanced_accuracy', MF1='macro_f1', kappa='kappa', AUC='aur
                Kappa='kappa', F1_W='f1_W', F1_Wake='f1_W', F1_N1='f1_N1', F1_N2='f1_N2', F1_N3='f1_N3',
                F1_REM='f1_R') # printed name → ours
 
-@cache
 def printed_tables()->pd.DataFrame: # columns paper, table, dataset, setting, model, modality, metric, mean, std
     "Every number that the papers print in a table."
     with (resources.files('sleepnb')/'paper_tables.csv').open(encoding='utf-8') as f:
