@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'SUBJECTS', 'KeepEach', 'code_checksum', 'is_done', 'carry_out', 'estimate_hours', 'read_result',
            'recipe_status', 'recipe_table', 'read_stages', 'compare_runs', 'run_recipe']
 
-# %% ../nbs/620_runs.ipynb #d0ab1641
+# %% ../nbs/620_runs.ipynb #386050b6
 import ast
 import hashlib
 import json
@@ -40,7 +40,7 @@ from .learner import (finetune_learner, mtssrl_learner, predict_stages, save_lea
                              supervised_learner)
 from .metrics import score_difference, score_table
 from .montage import parse_channel
-from .recipes import METRICS, Run, check_recipe, printed_tables, runs_of, table_rows
+from .recipes import METRICS, Run, recipe_numbers, runs_of, table_rows
 from .stager import _one_thread
 from .synth import synth_night
 
@@ -72,7 +72,7 @@ def _split(nights, split): # as a configuration has it
     if split['kind'] == 'holdout': return holdout_split(nights, split['seed'])
     return kfold_splits(nights, split['k'], split['seed'])[split['fold']]
 
-# %% ../nbs/620_runs.ipynb #3bce5585
+# %% ../nbs/620_runs.ipynb #c38e652b
 def _fit(learn, n_passes, checkpoint, title):
     cbs = [Checkpoint(checkpoint)] + ([TerminalProgress(title)] if title else [])
     with learn.no_bar(), learn.no_logging(): learn.fit(n_passes, cbs=cbs)
@@ -80,12 +80,17 @@ def _fit(learn, n_passes, checkpoint, title):
         raise SleepnbError('the training diverged', where=checkpoint, expected='weights that are numbers',
                            remedy='The learning rate is too high for this network and these data.')
 
+def _backbone(config):
+    made = dict(drop=config['drop'])
+    if cam := config.get('cam'): made |= dict(n_virtual=cam['n_virtual'], cam=dict(n_dims=cam['n_dims']))
+    return made
+
 def _pretrain(run, folder, stores, title):
     c,found = run.config, _stores(run.config, stores)
     dls = pretraining_loaders(found, _split(found.nights, c['split']), partial(draw_triplets, near=c['near'], far=c['far']),
                               bs=c['batch'], seed=c['seed'])
     learn = mtssrl_learner(dls, c['encoder'], c['align'], tuple(c['tasks']), c['weighting'], c['lr'], seed=c['seed'],
-                           backbone=dict(drop=c['drop']))
+                           backbone=_backbone(c))
     passes = c['passes'] if 'passes' in c else max(1, round(c['steps'] / len(dls.train)))
     _fit(learn, passes, folder/'checkpoint.safetensors', title)
     save_learner(learn, folder/'weights.safetensors', run=run.id)
@@ -299,7 +304,7 @@ def estimate_hours(
         total += seen*_SECONDS[run.task]*len(c.get('rates', [1]))*(2 if c.get('uncertainty') else 1)
     return total / 3600
 
-# %% ../nbs/620_runs.ipynb #e488855e
+# %% ../nbs/620_runs.ipynb #c0f4c23e
 def read_result(
     run:Run|str,  # or its id
     out:str|Path='runs',
@@ -333,10 +338,8 @@ def recipe_table(
     """Ours beside what is printed; a number that was not computed is NaN. Both are in percent where the paper's are.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
-    paper,table,*_ = check_recipe(recipe, scale)
-    keys,unit = ['dataset', 'setting', 'model', 'modality'], 100 if paper == 'MTSSRL-MD' else 1   # in print
-    numbers = printed_tables().query('paper == @paper and table == @table')
-    rows = []
+    numbers,rows = recipe_numbers(recipe, scale), []
+    keys,unit = ['dataset', 'setting', 'model', 'modality'], 100 if (numbers.paper == 'MTSSRL-MD').all() else 1   # in print
     for row in table_rows(recipe, scale).itertuples():
         found = [f for r in row.runs if (f := read_result(r, out))]
         for n in numbers[(numbers[keys] == [getattr(row, k) for k in keys]).all(axis=1)].itertuples():
@@ -380,7 +383,7 @@ def compare_runs(
     people = len(both[['cohort', 'subject']].drop_duplicates())
     return dict(value=apart.value, low=apart.low, high=apart.high, people=people, verdict=verdict)
 
-# %% ../nbs/620_runs.ipynb #f59ecf6c
+# %% ../nbs/620_runs.ipynb #68780ccc
 def run_recipe(
     recipe:str,             # a key of `RECIPES`
     scale:str='small',      # a key of `SCALES`
@@ -395,5 +398,5 @@ def run_recipe(
     if failed:
         id,why = next(iter(failed.items()))
         raise SleepnbError(f'{len(failed)} of {len(runs)} runs failed', where=Path(out)/id/'failed.json', found=why,
-                           remedy='retry=True tries them again, once the reason is gone.')
+                           remedy='Once the reason is gone, try them again: with --retry, or retry=True in Python.')
     return recipe_table(recipe, scale, out)

@@ -14,6 +14,7 @@ from sleepnb.core import SleepnbError
 from sleepnb.recipes import RECIPES, Run, runs_of, table_rows
 from sleepnb.runs import (carry_out, code_checksum, compare_runs, estimate_hours, is_done, read_result, read_stages,
                           recipe_status, recipe_table, run_recipe)
+from sleepnb.weights import load_weights
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
@@ -201,3 +202,13 @@ def test_a_training_for_any_modality_is_tested_with_each(tmp_path):
     found = read_result(run, tmp_path)
     assert [*found['scores']] == ['EEG', 'EOG', 'EMG'] == [m for m in dict.fromkeys(n['using'] for n in found['nights'])]
     assert all((tmp_path/run.id/f'weights {m}.safetensors').exists() for m in found['scores'])
+
+def test_a_figure_trains_what_its_rows_name(tmp_path):
+    "One corner of the grid of channel alignment, to its table; the numbers of a figure are not printed."
+    row = table_rows('mtssrl-figure4', 'smoke').query('dataset == "SleepEDF-20" and setting.str.endswith("n_dims=32;n_virtual=8")').iloc[0]
+    assert carry_out(row.runs, tmp_path, progress=False) == {}
+    network,_ = load_weights(tmp_path/row.runs[0].id/'weights.safetensors')
+    assert [tuple(cam.heads.shape) for cam in network.backbone.alignment.cams] == [(8, 32)]
+    table = recipe_table('mtssrl-figure4', 'smoke', tmp_path)
+    assert table.printed.isna().all() and len(table) == 27*3
+    assert {*table[table.ours.notna()].setting} == {row.setting} and table.ours.notna().sum() == 3

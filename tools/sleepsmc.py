@@ -3,6 +3,7 @@
     python tools/sleepsmc.py --work DIR train [ARM …] [--folds 0 1] [--seeds 0]     the arms of ARMS; by default all
     python tools/sleepsmc.py --work DIR subsets                  all subsets of modalities, by the arms that stage with all
     python tools/sleepsmc.py --work DIR real                     the real night in the folder that SLEEPNB_DATA names
+    python tools/sleepsmc.py --work DIR features --runs RUNS     t-SNE of features, by the runs of `sleepnb run sleepsmc-table3`
     python tools/sleepsmc.py --work DIR tables                   writes the files
 
 Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
@@ -16,7 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.torch_core import get_model
-from sklearn.metrics import cohen_kappa_score, f1_score
+from sklearn.manifold import TSNE
+from sklearn.metrics import cohen_kappa_score, f1_score, silhouette_score
 
 from mtssrl import merged
 from sleepnb.callbacks import Checkpoint, keep_memory
@@ -26,8 +28,9 @@ from sleepnb.data.psg import Night
 from sleepnb.data.simulated import simulate
 from sleepnb.data.splits import holdout_split, kfold_splits
 from sleepnb.data.store import Cohort, EpochStore, prepare
-from sleepnb.learner import load_learner, predict_stages, save_learner, score_subsets, sleepsmc_learner
+from sleepnb.learner import extract_features, load_learner, predict_stages, save_learner, score_subsets, sleepsmc_learner
 from sleepnb.montage import parse_channel
+from sleepnb.recipes import table_rows
 from sleepnb.runs import KeepEach
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
@@ -118,6 +121,22 @@ def real(work):
             print(rows[-1], flush=True)
     pd.DataFrame(rows).round(4).to_csv(OUT/'sleepsmc_real.csv', index=False)
 
+def features(work, runs):
+    "Features of the test people in the plane, by FeatureNet and by the network with contrast and uncertainty."
+    dls,rows = loaders(stores_of(work, 'nine'), 'nine', 0, 0), []
+    table = table_rows('sleepsmc-table3').query('dataset == "ISRUC-S3" and modality in @MODALITIES')
+    for row in table.itertuples():
+        system = {'U=no;C=no': 'FeatureNet', 'U=yes;C=yes': '+ C + U'}.get(row.setting.split(':')[1].rsplit(';', 1)[0])
+        if system is None: continue
+        name = f'weights{" " + row.modality if system == "FeatureNet" else ""}.safetensors'
+        epochs,x = extract_features(load_learner(runs/row.runs[0].id/name, dls), row.modality)
+        apart = silhouette_score(x, epochs.stage)
+        xy = TSNE(init='pca', random_state=0).fit_transform(x[::6])
+        rows.append(pd.DataFrame(dict(system=system, modality=row.modality, stage=epochs.stage[::6], x=xy[:, 0], y=xy[:, 1],
+                                      silhouette=apart, run=row.runs[0].id)))
+        print(system, row.modality, apart, flush=True)
+    pd.concat(rows).round(3).to_csv(OUT/'sleepsmc_features.csv', index=False)
+
 def digits(codes): return ''.join('?' if c < 0 else str(c) for c in codes)
 
 def tables(work):
@@ -138,10 +157,11 @@ def tables(work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--work', type=Path, required=True, help='folder for all that is computed')
-    parser.add_argument('part', choices=['train', 'subsets', 'real', 'tables'])
+    parser.add_argument('part', choices=['train', 'subsets', 'real', 'features', 'tables'])
     parser.add_argument('arms', nargs='*', help='; '.join(ARMS))
     parser.add_argument('--folds', type=int, nargs='*', default=[0])
     parser.add_argument('--seeds', type=int, nargs='*', default=[0])
+    parser.add_argument('--runs', type=Path, default=Path('runs'))
     args = parser.parse_args()
     keep_memory()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -151,6 +171,7 @@ def main():
                 for arm in args.arms or ARMS: train(args.work, arm, fold, seed)
     if args.part == 'subsets': subsets(args.work)
     if args.part == 'real': real(args.work)
+    if args.part == 'features': features(args.work, args.runs)
     if args.part == 'tables': tables(args.work)
 
 if __name__ == '__main__': main()
