@@ -82,15 +82,19 @@ class OtherElectrodes(TrainingCallback):
 
 class OtherRecorders(OtherElectrodes):
     "Moreover responses, noise, the shape of muscle envelopes, and what eye electrodes hear of the brain: simulated recorders are all alike."
-    settings = ('spread', 'lost', 'decibel', 'noise', 'leak')
-    def __init__(self, spread=.3, lost=.3, decibel=3., noise=.3, leak=.3):
+    settings = ('spread', 'lost', 'decibel', 'noise', 'leak', 'scaled')
+    def __init__(self, spread=.3, lost=.3, decibel=3., noise=.3, leak=.3, scaled=False): # scaled: as a recording that is all so
         super().__init__(spread, lost)
-        self.decibel,self.noise,self.leak = decibel, noise, leak
+        self.decibel,self.noise,self.leak,self.scaled = decibel, noise, leak, scaled
     def before_batch(self):
         if not self.training: return
         for of in self.xb[0][1].values():
             eeg,eog = of[Modality.EEG], of[Modality.EOG]
-            if eog['x'].shape[1]: eog['x'] = eog['x'] + self.leak * torch.randn(len(eog['x']), 1, 1) * eeg['x'][:, :1]
+            if not eog['x'].shape[1]: continue
+            n = len(eog['x'])
+            share = 2*torch.rand(n, 1) - 1 if self.scaled else self.leak * torch.randn(n, 1)
+            eog['x'] = eog['x'] + share[..., None] * eeg['x'][:, :1]
+            if self.scaled: eog['scale'] = (eog['scale']**2 + (share * eeg['scale'][:, :1])**2).sqrt()
         super().before_batch()
     def change(self, modality, part):
         super().change(modality, part)
@@ -100,6 +104,7 @@ class OtherRecorders(OtherElectrodes):
         level = self.noise * torch.rand(len(x), 1, 1)**2 * ~held[:, None, None]
         heard = irfft(rfft(x) * self.response(len(x)), x.shape[-1]) + scale * level * torch.randn_like(x)
         part['x'] = torch.where(held[:, None, None], x, heard)
+        if self.scaled: part['scale'] = part['scale'] * (1 + level[..., 0]**2).sqrt()
         if modality == Modality.EMG:
             part['median'] = part['median'] + .3 * part['scale'] * torch.randn_like(part['median'])
             median,power = part['median'][..., None], (.3 * torch.randn(len(x), 1, 1)).exp()
@@ -114,7 +119,8 @@ class OtherRecorders(OtherElectrodes):
 
 ARMS = { # what makes recordings differ; further arguments of the learner
     'electrodes': (OtherElectrodes, dict(uncertainty=False)),
-    'recorders': (OtherRecorders, dict(uncertainty=False))}
+    'recorders': (OtherRecorders, dict(uncertainty=False)),
+    'recorders, scaled': (partial(OtherRecorders, scaled=True), dict(uncertainty=False))}
 
 def train(work, arm):
     out = work/f'{arm}.safetensors'
@@ -168,6 +174,8 @@ def scores(work, arms):
         stager = Stager.load(work/f'{arm}.safetensors')
         split = saved_split(work/f'{arm}.safetensors')
         people = {c: [s for cohort,s in split.test if cohort == f'{c}-simulated'] for c in list(COHORTS)[1:]}
+        passes = pd.read_csv(work/f'{arm}.csv').rename_axis('pass').reset_index().assign(arm=arm)
+        merged([passes], OUT/'stager_training.csv', ['arm', 'pass'])
         merged([pd.DataFrame(on_real(stager, arm=arm))], OUT/'stager_real.csv', ['arm', 'using', 'recording'])
         rows = on_simulated(stager, people | {c: [f'{i:02}' for i in range(4)] for c in NEW}, arm=arm)
         merged([pd.DataFrame(rows)], OUT/'stager_simulated.csv', ['arm', 'cohort', 'subject', 'using'])
