@@ -223,7 +223,7 @@ def _at_100_hz(
     short = n*EPOCH_SEC*FS - len(y)
     return to_epochs(np.pad(y, (0, short), 'edge') if short > 0 else y)[:n]
 
-# %% ../nbs/600_stager.ipynb #62078b07
+# %% ../nbs/600_stager.ipynb #230228af
 _ENVELOPE_HZ,_ENVELOPE_SHARE,LONG_HOURS = 10, 1e-5, 12
 
 def _is_envelope(
@@ -232,9 +232,12 @@ def _is_envelope(
 )->bool:
     per = int(EPOCH_SEC * fs)
     e = x[:len(x)//per*per].reshape(-1, per)[::len(x)//per//100 + 1]             # a hundred of them will do
-    e = e[np.isfinite(e).all(-1)]
-    power = np.abs(rfft((e - e.mean(-1, keepdims=True)) * np.hanning(per)))**2
-    above,whole = power[:, _ENVELOPE_HZ*EPOCH_SEC:].sum(-1), power.sum(-1)
+    e,window = e[np.isfinite(e).all(-1)], np.hanning(per)
+    power = np.abs(rfft((e - e.mean(-1, keepdims=True)) * window))**2
+    apart = np.diff(np.unique(e))
+    step = min(apart[apart > 1e-6*np.ptp(e)], default=0) if e.size else 0
+    noise = 2 * step**2/12 * (window**2).sum()                                   # of each frequency
+    above,whole = (power[:, _ENVELOPE_HZ*EPOCH_SEC:] - noise).sum(-1), power.sum(-1)
     return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
 
 # %% ../nbs/600_stager.ipynb #4cf14e5a
@@ -510,7 +513,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #39cfc490
+# %% ../nbs/600_stager.ipynb #a82d2dbf
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -535,7 +538,8 @@ def _table(
     rows,there = [], {d.got.modality for d in found.derivations}
     for d,of in zip(found.derivations, codes.T):
         counts = dict(zip(_COUNTED, np.bincount(of, minlength=len(QUALITIES)).tolist()))
-        rows.append(dict(channel=d.got.name, modality=str(d.got.modality), used=True, details=d.details) | counts)
+        rows.append(dict(channel=d.got.name, modality=str(d.got.modality), used=counts['epochs_good'] > 0,
+                         details=d.details) | counts)
     for i,why in found.unused.items():
         c = found.recorded[i]
         if why == 'not asked for':
@@ -544,6 +548,19 @@ def _table(
         rows.append(dict(channel=c.recorded, modality=str(c.modality), used=False, details=why))
     return pd.DataFrame(rows).reindex(columns=['channel', 'modality', 'used', 'details', *_COUNTED]).astype(
         {c: 'Int64' for c in _COUNTED})
+
+def _unknown(found, modalities): # a note where EEG is missing, of channels that may be EEG under names of their own
+    there = {d.got.modality for d in found.derivations}
+    if Modality.EEG not in modalities or Modality.EEG in there: return []
+    names = [f'{found.recorded[i].recorded} ({why})' for i,why in found.unused.items()
+             if found.recorded[i].modality == Modality.EEG or 'by its name' in why]
+    said = f'; not used are {", ".join(names)}: an alias says what they are' if names else ''
+    return [f'staged without EEG, by {" and ".join(sorted(there))} alone{said}']
+
+def _useless(found, quality): # notes of channels without a good epoch
+    words = [Counter(q.tolist()).most_common(1)[0][0] for q in quality.T]
+    return [f'{d.got.name} has no good epoch (most are {w}), and was not used: is it connected, and its unit right?'
+            for d,w,q in zip(found.derivations, words, quality.T) if 'good' not in q]
 
 class Stager:
     "A trained network, ready for any recording that has what it needs."
@@ -644,7 +661,7 @@ class Stager:
                                  expected=f'{EPOCH_SEC} s or more', found=f'{source.duration:g} s')
         if (rest := source.duration - onset - n*EPOCH_SEC) > .05: notes.append(f'the last {rest:.4g} s fill no epoch')
         prepared,more = _prepare(source, found, self.recipe, (onset, n))
-        notes += more
+        notes += _unknown(found, self.modalities) * (modalities is None and channels is None) + more + _useless(found, prepared.quality)
         kinds = [d.got.modality.value for d in found.derivations]
         of = {m: [k for k,kind in enumerate(kinds) if kind == m] for m in self.modalities}
         how = dict(network=self.network, names=[d.got.name for d in found.derivations], cohort=cohort, of=of, fuse=fuse)
@@ -659,8 +676,9 @@ class Stager:
         staged = ~np.isnan(prob[:, 0])
         likeliest = np.where(staged, np.nan_to_num(prob).argmax(1), UNSCORED).astype(np.int8)
         codes = np.argmax(prepared.quality[..., None] == np.array(QUALITIES), -1)      # e c
+        used = tuple(m for m,k in of.items() if (prepared.quality[:, k] == 'good').any())
         return Staging(name, smooth_stages(prob) if smooth else likeliest, prob, np.array(QUALITIES)[codes.min(1)],
-                       _table(found, codes, self.modalities), tuple(m for m,k in of.items() if k), source.start, onset, smooth,
+                       _table(found, codes, self.modalities), used, source.start, onset, smooth,
                        self.name, reference, (*source.notes, *notes), least_inside=source.source.least_inside)
 
     def stage_all(self,

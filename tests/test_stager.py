@@ -463,3 +463,25 @@ def test_crop_and_whole_agree(data):
         kappas = [cohen_kappa_score(night.stages[a:b], o) for o in (whole.stages[a:b], part.stages)]
         print(f'{"+".join(using)}: κ {kappas[0]:.3f} of the whole recording, {kappas[1]:.3f} of the crop')
         assert abs(kappas[0] - kappas[1]) < apart
+
+def test_channels_without_a_good_epoch_are_not_used():
+    "EEG a million times too large, beside eyes in microvolts: nobody takes it for staged by EEG."
+    made = synth_night(HOME, n_epochs=20, subject='loud')
+    x = [made.x[0] * 1e6, made.x[1], made.x[2]]
+    staging = Stager.load().stage(Night(x, [100]*3, [parse_channel(c) for c in HOME], made.stages))
+    assert staging.modalities == ('EOG', 'EMG')
+    used = staging.channels.set_index('channel').used
+    assert used.to_dict() == {'C3-M2': False, 'HEOG': True, 'Chin': True}
+    assert any(n.startswith('C3-M2 has no good epoch (most are noise)') for n in staging.notes)
+    alone = Stager.load().stage(Night(x[1:], [100]*2, [parse_channel(c) for c in HOME[1:]], made.stages))
+    np.testing.assert_allclose(alone.prob, staging.prob, atol=1e-6)
+
+def test_eeg_under_names_of_its_own_is_told_of(tmp_path):
+    "The chin alone has a name that is known: the note names what was left out, and an alias ends it."
+    made = synth_night(['C3-M2', 'Chin'], n_epochs=10, subject='named')
+    file = tmp_path/'named.edf'
+    Edf([EdfSignal(x, 100, label=n, physical_dimension='uV') for x,n in zip(made.x.astype(float), ('frontal', 'chin1'))]).write(file)
+    notes = Stager.load().stage(file).notes
+    assert any('staged without EEG, by EMG alone' in n and 'frontal (not EEG' in n for n in notes)
+    named = Stager.load().stage(file, aliases={'frontal': 'C3-M2'})
+    assert named.modalities == ('EEG', 'EMG') and not any('without EEG' in n for n in named.notes)
