@@ -125,19 +125,20 @@ def _scratch(run, folder, stores, title):
         return supervised_learner(dls, lr=lr, patience=c['patience'], seed=c['seed'], backbone=dict(drop=c['drop']))
     return _tune(run, folder, stores, title, make)
 
-# %% ../nbs/620_runs.ipynb #e634cfc3
+# %% ../nbs/620_runs.ipynb #bcaadd06
 class KeepEach(TrainingCallback):
     "The weights of the pass in which each modality stages the validation people best, by accuracy, then by loss."
     order = 61
     def before_fit(self): self.best = {}
     def after_epoch(self):
-        network = self.model
+        network,log = self.model, self.recorder.log
         for m in network.modalities:
             made = predict_stages(self.learn, 'valid', (m,))
             loss = -np.log(made.filter(like='p_').to_numpy()[np.arange(len(made)), made.stage].clip(1e-12)).mean()
             rank = [float((made.pred == made.stage).mean()), -float(loss)]
             if m not in self.best or rank > self.best[m]['rank']:
                 self.best[m] = dict(rank=rank, weights={k: v.detach().clone() for k,v in network.state_dict().items()})
+        self.recorder.log = log                                                 # of the pass, and not of these predictions
     def state(self): return self.best
     def set_state(self, state): self.best = state
 
