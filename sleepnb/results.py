@@ -157,17 +157,17 @@ def count_verdicts(
     counts = claims.verdict.value_counts()
     return ', '.join(f'{counts[v]} {"do not hold" if v == VERDICTS[1] and counts[v] > 1 else v}' for v in VERDICTS if v in counts)
 
-# %% ../nbs/625_results.ipynb #a5dd2327
+# %% ../nbs/625_results.ipynb #fc6e86b9
 def show_claims(
     claims:pd.DataFrame, # as from `results_claims`
 )->pd.DataFrame:         # what differs, rounded
     "The claims for a page."
     digits = 1 if claims[['printed', 'value']].abs().max(axis=None) > 1 else 3  # percent, or fractions
-    differ = _differing(claims)
     best = [] if claims.claim.str.endswith(tuple(claims.rival)).all() else ['rival']
-    table = claims.round(dict.fromkeys(('printed', 'value', 'low', 'high'), digits)).set_index(['claim', *differ])
-    table = table[[*best, 'printed', 'value', 'low', 'high', 'people', 'verdict']]
-    return table.astype(object).where(table.notna(), '').replace(dict(people={0: ''}))
+    number = lambda v: '' if np.isnan(v) else f'{v:.{digits}f}'
+    table = claims.set_index(['claim', *_differing(claims)])
+    numbers = table[['printed', 'value', 'low', 'high']].map(number)
+    return table[best].join(numbers).assign(people=table.people.replace({0: ''}), verdict=table.verdict)
 
 # %% ../nbs/625_results.ipynb #d67b9daf
 def _panels(n, height, **kwargs): # n axes, four in a row at most

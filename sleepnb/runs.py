@@ -160,9 +160,10 @@ def _sleepsmc(run, folder, stores, title):
 
 TASKS = dict(pretrain=_pretrain, finetune=_finetune, scratch=_scratch, sleepsmc=_sleepsmc)
 
-# %% ../nbs/620_runs.ipynb #3140f339
+# %% ../nbs/620_runs.ipynb #63a15c21
 _PACKAGE = Path(sleepnb.__file__).parent
-_SHOWS = {'cli', 'demo', 'export', 'hypnogram', 'plots', 'recipes', 'report', 'results', 'runs', 'stager', '_modidx'} # decide nothing
+_SHOWS = {'cli', 'demo', 'export', 'hypnogram', 'plots', 'recipes', 'report', 'results', 'runs', 'stager',
+          '_modidx'} # decide nothing
 
 def _plain(tree): # without texts that document
     for node in ast.walk(tree):
@@ -304,7 +305,7 @@ def estimate_hours(
         total += seen*_SECONDS[run.task]*len(c.get('rates', [1]))*(2 if c.get('uncertainty') else 1)
     return total / 3600
 
-# %% ../nbs/620_runs.ipynb #51e2f768
+# %% ../nbs/620_runs.ipynb #a9250703
 def read_result(
     run:Run|str,  # or its id
     out:str|Path='runs',
@@ -333,8 +334,8 @@ def recipe_table(
     recipe:str,           # a key of `RECIPES`
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',
-)->pd.DataFrame:          # columns dataset, setting, model, modality, metric, printed, printed_sd; ours, low, high, sd: means over
-                          # runs, their intervals over people, and the spread of runs; found, expected, ids of those found
+)->pd.DataFrame:          # columns dataset, setting, model, modality, metric, printed, printed_sd; ours, low, high, sd: means of
+                          # runs and of their intervals over people, and the spread of runs; found, expected, ids of those found
     """Ours beside what is printed; a number that was not computed is NaN. Both are in percent where the paper's are.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""

@@ -113,7 +113,7 @@ def run_page(path):
             shell.run(source)
             if shell.exc: raise shell.exc
 
-@pytest.mark.parametrize('name, kept', [('840_sleepsmc', 0), ('842_one_modality', -1), ('index', 0)])
+@pytest.mark.parametrize('name, kept', [('840_sleepsmc', 0), ('842_single_modality', -1), ('index', 0)])
 def test_pages_run_without_their_runs(name, kept, tmp_path):
     "With none, or with all but one of those that the page reads."
     shutil.copy(ROOT/'nbs'/f'{name}.ipynb', tmp_path)
