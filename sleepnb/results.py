@@ -118,7 +118,7 @@ CLAIMS = { # key of `RECIPES` → claim
     'sleepsmc-table5': _by_one('MASS-SS3'), 'sleepsmc-table6': _by_one('Sleep-EDF-78'), 'sleepsmc-table7': _by_one('ISRUC-S1'),
     'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r', _better('weights by exp(−r)', 'weights by −r'))}
 
-# %% ../nbs/625_results.ipynb #72ac9911
+# %% ../nbs/625_results.ipynb #fec5636c
 VERDICTS = ('holds', 'does not hold', 'undecided', 'not computed', 'not built')
 _MAIN = {'MTSSRL-MD': 'MF1', 'SleepSMC': 'Kappa'}                               # what claims are about, as printed
 
@@ -138,15 +138,15 @@ def results_claims(
     rows = rows.merge(numbers[[*_WHERE, 'system', 'mean']])
     tested = []
     for name,better,rivals in CLAIMS[recipe].pairs:
-        for where,there in rows.groupby(_WHERE, sort=False):
-            there = there.set_index('system')
+        for at,there in rows.groupby(_WHERE, sort=False):
+            where,there = dict(zip(_WHERE, at)), there.set_index('system')
             among = there.index.intersection(rivals)
             if better not in there.index or not len(among): continue
             rival = among[there['mean'][among].fillna(0).argmax()]
             printed = there['mean'][better] - there['mean'][rival]
-            found = compare_runs(there.runs[better], there.runs[rival], where[2], METRICS[metric], out)
+            found = compare_runs(there.runs[better], there.runs[rival], where['modality'], METRICS[metric], out)
             if not (there.runs[better] and there.runs[rival]): found['verdict'] = 'not built'
-            tested.append(dict(claim=name, **dict(zip(_WHERE, where)), rival=rival, printed=printed)
+            tested.append(dict(claim=name, **where, rival=rival, printed=printed)
                           | found | {k: found[k]*unit for k in ('value', 'low', 'high')})
     return pd.DataFrame(tested)
 
@@ -223,16 +223,17 @@ def plot_results(
         ax.set_title(_title(where), fontsize='medium')
     return axes
 
-# %% ../nbs/625_results.ipynb #d0784eb2
+# %% ../nbs/625_results.ipynb #98c263e5
 def results_summary(
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',  # where runs are
-)->pd.DataFrame:          # one row per recipe; columns paper, table, claim, found, verdicts, expected
+)->pd.DataFrame:          # one row per recipe; columns paper, table, claim, verdicts, found, expected
     "What reproduces, and what does not."
     rows = {}
     for recipe,claim in CLAIMS.items():
         paper,table,*_ = check_recipe(recipe, scale)
         state = recipe_status(recipe, scale, out).state
-        rows[recipe] = dict(paper=paper, table=table if ' ' in table else f'Table {table}', claim=claim.text, found=int(state.isin(['done', 'stale']).sum()),
-                            verdicts=count_verdicts(results_claims(recipe, scale, out)), expected=len(state))
+        rows[recipe] = dict(paper=paper, table=table if ' ' in table else f'Table {table}', claim=claim.text,
+                            verdicts=count_verdicts(results_claims(recipe, scale, out)),
+                            found=int(state.isin(['done', 'stale']).sum()), expected=len(state))
     return pd.DataFrame(rows).T
