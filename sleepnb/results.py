@@ -79,7 +79,7 @@ def results_table(
     wide = table.set_index([*differ, 'system', 'metric']).cell.unstack(sort=False)
     return wide[metrics or [*wide]].rename_axis(columns=None)
 
-# %% ../nbs/625_results.ipynb #917f1a3c
+# %% ../nbs/625_results.ipynb #ad5e746f
 @dataclass(frozen=True)
 class Claim:
     "What a paper says about a table."
@@ -93,6 +93,8 @@ _ONE = [f'{model} ({letter})' for model in ('RP', 'TS', 'CPC') for letter in 'SI
 _FEW = [('MTSSRL-MD > best pretrained on one cohort', _WHOLE, _ONE), ('MTSSRL-MD > SeqCLR', _WHOLE, ['SeqCLR (S+I+A)'])]
 _OTHERS = ['FeatureNet', 'DeepSleepNet', 'AttnSleep', 'DAN', 'BSTT', 'XSleepNet', 'SleepPrintNet', 'MMASleepNet', 'SimCLR',
            'DrFuse', 'MERL']
+
+_SIZES = [f'{d} × {v}' for d in (32, 72, 128) for v in (8, 16, 32) if (d, v) != (72, 16)]
 
 def _by_one(dataset): return Claim(f'On {dataset}, SleepSMC stages better with one modality than each rival',
                                    _better('SleepSMC', *_OTHERS))
@@ -110,15 +112,16 @@ CLAIMS = { # key of `RECIPES` → claim
     'mtssrl-table6': Claim('On Sleep-EDF-20 with 10 % of the labels, it is better than each rival',
                            _better(_WHOLE, 'RP (S)', 'TS (S)', 'CPC (S)', 'SeqCLR (S+I+A)')),
     'mtssrl-figure4': Claim('Of nine sizes of channel alignment, 72 dimensions and 16 virtual channels are the best',
-                            _better('72 × 16', *(f'{d} × {v}' for d in (32, 72, 128) for v in (8, 16, 32) if (d, v) != (72, 16)))),
+                            _better('72 × 16', *_SIZES)),
     'sleepsmc-table1': Claim('With all modalities, SleepSMC stages better than each rival', _better('SleepSMC', *_OTHERS)),
     'sleepsmc-table2': _by_one('ISRUC-S3'),
     'sleepsmc-table3': Claim('The contrast between modalities (C) gains, and so does uncertainty (U)',
                              [*_better('+ C', 'FeatureNet'), *_better('+ C + U', '+ C', 'FeatureNet')]),
     'sleepsmc-table5': _by_one('MASS-SS3'), 'sleepsmc-table6': _by_one('Sleep-EDF-78'), 'sleepsmc-table7': _by_one('ISRUC-S1'),
-    'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r', _better('weights by exp(−r)', 'weights by −r'))}
+    'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r',
+                             _better('weights by exp(−r)', 'weights by −r'))}
 
-# %% ../nbs/625_results.ipynb #fec5636c
+# %% ../nbs/625_results.ipynb #bb097052
 VERDICTS = ('holds', 'does not hold', 'undecided', 'not computed', 'not built')
 _MAIN = {'MTSSRL-MD': 'MF1', 'SleepSMC': 'Kappa'}                               # what claims are about, as printed
 
@@ -154,8 +157,9 @@ def count_verdicts(
     claims:pd.DataFrame, # as from `results_claims`
 )->str:                  # such as '1 holds, 5 undecided'
     "How many claims hold, and how many do not."
-    counts = claims.verdict.value_counts()
-    return ', '.join(f'{counts[v]} {"do not hold" if v == VERDICTS[1] and counts[v] > 1 else v}' for v in VERDICTS if v in counts)
+    n = claims.verdict.value_counts()
+    several = {'holds': 'hold', 'does not hold': 'do not hold'}
+    return ', '.join(f'{n[v]} {several.get(v, v) if n[v] > 1 else v}' for v in VERDICTS if v in n)
 
 # %% ../nbs/625_results.ipynb #fc6e86b9
 def show_claims(
@@ -199,14 +203,14 @@ def plot_claims(
         ax.set_title(title, fontsize='medium')
     return axes
 
-# %% ../nbs/625_results.ipynb #217fb807
+# %% ../nbs/625_results.ipynb #860cd864
 def plot_results(
     recipe:str,            # a key of `RECIPES`
     scale:str='small',     # a key of `SCALES`
     out:str|Path='runs',   # where runs are
     metric:str|None=None,  # as printed; by default that of the claims
 ):                         # axes, one for each dataset, share of labels and modality
-    """Draws the scores of all systems: ours with the 95 % interval over people, and hollow what is printed, ± its SD if it has one.
+    """Draws the scores of all systems: ours with the 95 % interval over people, and hollow what is printed, ± its SD.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     metric = metric or _MAIN[check_recipe(recipe, scale)[0]]

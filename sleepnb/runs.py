@@ -305,7 +305,7 @@ def estimate_hours(
         total += seen*_SECONDS[run.task]*len(c.get('rates', [1]))*(2 if c.get('uncertainty') else 1)
     return total / 3600
 
-# %% ../nbs/620_runs.ipynb #a9250703
+# %% ../nbs/620_runs.ipynb #0420e70b
 def read_result(
     run:Run|str,  # or its id
     out:str|Path='runs',
@@ -334,8 +334,9 @@ def recipe_table(
     recipe:str,           # a key of `RECIPES`
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',
-)->pd.DataFrame:          # columns dataset, setting, model, modality, metric, printed, printed_sd; ours, low, high, sd: means of
-                          # runs and of their intervals over people, and the spread of runs; found, expected, ids of those found
+)->pd.DataFrame:          # columns dataset, setting, model, modality, metric, printed, printed_sd; ours, low, high, sd: means
+                          # of runs and of their intervals over people, and the spread of runs; found, expected, ids of
+                          # those found
     """Ours beside what is printed; a number that was not computed is NaN. Both are in percent where the paper's are.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
