@@ -161,9 +161,10 @@ def _sleepsmc(run, folder, stores, title):
 
 TASKS = dict(pretrain=_pretrain, finetune=_finetune, scratch=_scratch, sleepsmc=_sleepsmc)
 
-# %% ../nbs/620_runs.ipynb #3390a789
+# %% ../nbs/620_runs.ipynb #63a15c21
 _PACKAGE = Path(sleepnb.__file__).parent
-_SHOWS = {'cli', 'demo', 'export', 'hypnogram', 'plots', 'recipes', 'report', 'runs', 'stager', '_modidx'} # decide nothing
+_SHOWS = {'cli', 'demo', 'export', 'hypnogram', 'plots', 'recipes', 'report', 'results', 'runs', 'stager',
+          '_modidx'} # decide nothing
 
 def _plain(tree): # without texts that document
     for node in ast.walk(tree):
@@ -305,7 +306,7 @@ def estimate_hours(
         total += seen*_SECONDS[run.task]*len(c.get('rates', [1]))*(2 if c.get('uncertainty') else 1)
     return total / 3600
 
-# %% ../nbs/620_runs.ipynb #c0f4c23e
+# %% ../nbs/620_runs.ipynb #0420e70b
 def read_result(
     run:Run|str,  # or its id
     out:str|Path='runs',
@@ -334,8 +335,9 @@ def recipe_table(
     recipe:str,           # a key of `RECIPES`
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',
-)->pd.DataFrame:          # columns dataset, setting, model, modality, metric, printed, printed_sd, ours, sd, found, expected,
-                          # ids of the runs that were found
+)->pd.DataFrame:          # columns dataset, setting, model, modality, metric, printed, printed_sd; ours, low, high, sd: means
+                          # of runs and of their intervals over people, and the spread of runs; found, expected, ids of
+                          # those found
     """Ours beside what is printed; a number that was not computed is NaN. Both are in percent where the paper's are.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
@@ -344,10 +346,12 @@ def recipe_table(
     for row in table_rows(recipe, scale).itertuples():
         found = [f for r in row.runs if (f := read_result(r, out))]
         for n in numbers[(numbers[keys] == [getattr(row, k) for k in keys]).all(axis=1)].itertuples():
-            ours = np.array([f['scores'][row.modality][METRICS[n.metric]][0] for f in found], dtype=float)*unit
-            mean,sd = ours.mean() if len(ours) else np.nan, ours.std(ddof=1) if len(ours) > 1 else np.nan
-            rows.append({k: getattr(row, k) for k in keys} | dict(metric=n.metric, printed=n.mean, printed_sd=n.std, ours=mean,
-                        sd=sd, found=len(found), expected=len(row.runs), ids=[f['id'] for f in found]))
+            scores = np.array([f['scores'][row.modality][METRICS[n.metric]][:3] for f in found], dtype=float)*unit
+            ours,low,high = scores.mean(axis=0) if found else [np.nan]*3
+            sd = scores[:, 0].std(ddof=1) if len(found) > 1 else np.nan
+            rows.append({k: getattr(row, k) for k in keys}
+                        | dict(metric=n.metric, printed=n.mean, printed_sd=n.std, ours=ours, low=low, high=high, sd=sd,
+                               found=len(found), expected=len(row.runs), ids=[f['id'] for f in found]))
     return pd.DataFrame(rows)
 
 # %% ../nbs/620_runs.ipynb #996582e9

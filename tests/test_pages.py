@@ -62,6 +62,11 @@ def test_numbers_are_given_once():
     twice = {n for n in numbers if numbers.count(n) > 1}
     assert not twice, f'give another number to one of {[p.name for p in PAGES if page_number(p) in twice]}'
 
+def test_names_are_given_once():
+    "The site has one file for each page, named without its number."
+    names = [tool('build_docs').slug(p.stem) for p in PAGES]
+    assert len({*names}) == len(names), f'give another name to one of {sorted(n for n in names if names.count(n) > 1)}'
+
 def test_every_module_has_one_page():
     modules = [m for page in PAGES if (m := exported(page))]
     assert len(set(modules)) == len(modules), 'two pages have the same #| default_exp'

@@ -76,7 +76,7 @@ def api_heading(defined, links):
     return f'{link}\n\n### {", ".join(defined)}\n\n{anchors}\n'
 
 def shown_doc(cell):
-    "The Markdown of a `show_doc` cell, or an empty string."
+    "The Markdown that a cell has made, as `show_doc` does, or an empty string."
     return ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in cell.get('outputs', [])).lstrip('-\n ')
 
 def code_cell(cell, opts, source):
@@ -108,6 +108,7 @@ def convert(nb, site):
         elif cell['cell_type'] == 'markdown': made.append(text(markdown(source, site)))
         elif doc := re.match(r'show_doc\((\S+)\)', source):
             if doc[1] not in defined: made.append(text(markdown(shown_doc(cell), site)))
+        elif opts.get('echo') == 'false' and (said := shown_doc(cell)): made.append(text(markdown(said, site)))
         else:
             if cell['metadata'].get('language') == 'sh': source = f'%%sh\n{source}' # which nbdev takes away
             if is_definition(opts) and (names := definitions(source)): made.append(text(api_heading(names, links)))

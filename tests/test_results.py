@@ -1,0 +1,151 @@
+"Pages of results: they show what runs have left, all of it and nothing else, and stay whole when a run is gone."
+import json, re, shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from execnb.nbio import read_nb
+from execnb.shell import CaptureShell
+from fastcore.xtras import working_directory
+
+from sleepnb.recipes import METRICS, RECIPES, runs_of, table_rows
+from sleepnb.results import CLAIMS, describe_runs, plot_claims, plot_results, results_claims, results_summary, results_table, show_claims
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT/'nbs'/'artifacts'/'runs'
+PAGES = [p for p in sorted((ROOT/'nbs').glob('8[34]?_*.ipynb')) if not p.name.startswith('830')]
+
+def code(page): return [c.source for c in read_nb(page).cells if c.cell_type == 'code']
+
+def error_rate(run):
+    "A world in which the papers are right: whatever they call better is wrong less often."
+    c = run.config
+    if run.task == 'sleepsmc': return .1 + .1*(not c['uncertainty']) + .1*(not c['contrast']) + .1*(c['score'] == 'negative')
+    before = run.parent.config
+    return .1 + .1*(before['weighting'] == 'equal') + .2*(len(before['tasks']) < 3) + .1*(len(before['data']) < 3) + .1*('cam' in before)
+
+def make_up(run, out, rate=None, people=3, epochs=200):
+    "A result as a run leaves it; whoever is right less often is also wrong wherever the other is."
+    using = [] if run.task == 'pretrain' else ['EEG'] if run.task == 'finetune' else \
+        run.config['modalities'] if run.config['primary'] == 'any' else \
+        ['+'.join(run.config['modalities'])] if run.config['primary'] == 'all' else [run.config['primary']]
+    rate = error_rate(run) if using and rate is None else rate
+    nights = []
+    for u in using:
+        for person in range(people):
+            stage,wrong = np.arange(epochs) % 5, np.random.default_rng(person).random(epochs) < rate
+            digits = [''.join(map(str, o)) for o in (stage, np.where(wrong, (stage + 1) % 5, stage))]
+            nights.append(dict(using=u, cohort='c', subject=str(person), night='1', stage=digits[0], pred=digits[1]))
+    scores = {u: {m: [1 - rate, .9 - rate, None, None, epochs] for m in METRICS.values()} for u in using}
+    (out/run.id).mkdir(parents=True, exist_ok=True)
+    (out/run.id/'result.json').write_text(json.dumps(dict(id=run.id, nights=nights, scores=scores, made=dict(code='made up'))))
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')
+    for run in {r for recipe in RECIPES for r in runs_of(recipe)}: make_up(run, out)
+    return out
+
+def show_all(recipe, out):
+    import matplotlib.pyplot as plt
+    table,claims = results_table(recipe, out=out), results_claims(recipe, out=out)
+    show_claims(claims)
+    plot_claims(claims)
+    plot_results(recipe, out=out)
+    plt.close('all')
+    return table, claims
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_a_missing_run_is_a_missing_cell(recipe, out, tmp_path):
+    "In a world in which the papers are right, all that can be tested holds, but for what needs the run that is gone."
+    gone,n = runs_of(recipe)[-1], len(runs_of(recipe))
+    (hidden := tmp_path/'hidden').mkdir()
+    shutil.move(out/gone.id, hidden)
+    try: (table,claims),said = show_all(recipe, out), describe_runs(recipe, out=out)
+    finally: shutil.move(hidden/gone.id, out)
+    assert f'{n - 1} of {n} runs found, {n - 1} of them made by earlier code' in said
+    rows = table_rows(recipe)
+    lacking = np.array([not runs or gone in runs for runs in rows.runs])
+    assert table.map(lambda cell: cell.startswith('–')).all(axis=1).sum() == lacking.sum() >= 1
+    assert not table[~table.map(lambda cell: cell.startswith('–')).all(axis=1)].map(lambda cell: cell.startswith('–')).any(axis=None)
+    built = {r.model for r in rows.itertuples() if r.runs}
+    assert ({*rows.model} - built == set()) == ('not built' not in {*claims.verdict})
+    assert {*claims.verdict} <= {'holds', 'not computed', 'not built'}
+    places = {(r.dataset, r.modality) for r in rows.itertuples() if gone in r.runs}
+    assert {(c.dataset, c.modality) for c in claims.itertuples() if c.verdict == 'not computed'} <= places
+    if 'not built' not in {*claims.verdict}: assert 'not computed' in {*claims.verdict}
+    known = claims[claims.verdict == 'holds']
+    assert (known.people == 3).all() and (known.low > 0).all()
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_without_any_run(recipe, tmp_path):
+    table,claims = show_all(recipe, tmp_path)
+    assert table.map(lambda cell: cell.startswith('–')).all(axis=None)
+    assert {*claims.verdict} <= {'not computed', 'not built'} and claims.value.isna().all()
+    assert ': 0 of ' in describe_runs(recipe, out=tmp_path)
+
+def test_a_claim_turns_around(tmp_path):
+    "Where what is called better is wrong more often, nothing holds."
+    for run in runs_of('sleepsmc-table8'): make_up(run, tmp_path, .4 if run.config['score'] == 'exp' else .1)
+    assert {*results_claims('sleepsmc-table8', out=tmp_path).verdict} == {'does not hold'}
+
+def test_several_runs_have_a_spread(tmp_path):
+    "Two of nine runs of the scale `paper`: mean and standard deviation by hand."
+    runs = [r for r in runs_of('mtssrl-table6', 'paper') if r.task == 'finetune']
+    assert len(runs) == 9
+    for run,value in zip(runs, (.5, .7)):
+        make_up(run, tmp_path)
+        path = tmp_path/run.id/'result.json'
+        found = json.loads(path.read_text())
+        found['scores']['EEG']['macro_f1'] = [value, value - .1, value + .1, None, 200]
+        path.write_text(json.dumps(found))
+    assert results_table('mtssrl-table6', 'paper', tmp_path).loc['MTSSRL-MD (S+I+A)', 'MF1'] == '60.00 ± 14.14 (76.94)'
+    assert describe_runs('mtssrl-table6', 'paper', tmp_path).startswith('mtssrl-table6, scale paper: 2 of 18 runs found')
+
+# ---- pages
+
+def run_page(path):
+    "All code of a page, but for the export at its end."
+    shell = CaptureShell(path)
+    with working_directory(path.parent):
+        for source in code(path):
+            if 'nbdev_export()' in source: continue
+            shell.run(source)
+            if shell.exc: raise shell.exc
+
+@pytest.mark.parametrize('name, kept', [('840_sleepsmc', 0), ('842_single_modality', -1), ('index', 0)])
+def test_pages_run_without_their_runs(name, kept, tmp_path):
+    "With none, or with all but one of those that the page reads."
+    shutil.copy(ROOT/'nbs'/f'{name}.ipynb', tmp_path)
+    if kept:
+        asked = [r.id for n in (2, 5, 6, 7) for r in runs_of(f'sleepsmc-table{n}') if (RUNS/r.id/'result.json').exists()]
+        for id in asked[:kept]: shutil.copytree(RUNS/id, tmp_path/'artifacts'/'runs'/id)
+    run_page(tmp_path/f'{name}.ipynb')
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
+def test_no_number_is_typed(page):
+    "Text has whole numbers only, those of the protocol: what was measured or printed is computed."
+    text = '\n'.join(c.source for c in read_nb(page).cells if c.cell_type == 'markdown')
+    assert not re.findall(r'(?<![\w.])\d*[.,]\d+', text)
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_each_recipe_has_its_page(recipe):
+    "One page shows it, tells how to run it, and its stored output knows how many runs there are."
+    page, = [p for p in PAGES if f"describe_runs('{recipe}'" in '\n'.join(code(p))]
+    text = '\n'.join(c.source for c in read_nb(page).cells if c.cell_type == 'markdown')
+    assert '--scale small' in text and re.search(rf'\b{recipe}\b', text)
+    said = describe_runs(recipe, out=RUNS).splitlines()[0].split(' found')[0]
+    stored = [''.join(o.get('text', '')) for c in read_nb(page).cells if c.cell_type == 'code' for o in c.outputs]
+    assert any(said in o for o in stored), f'runs have changed: python tools/run_nbs.py nbs/{page.name}'
+
+def test_the_front_page_says_what_was_computed():
+    rows = dict(re.findall(r'(?m)^\| \[([^]]+)\]\(nbs/([^)]+)\)', readme := (ROOT/'README.md').read_text()))
+    summary = results_summary('small', RUNS)
+    assert [*rows] == [f'{r.paper}, {r.table}' for r in summary.itertuples()] and [*summary.index] == [*RECIPES] == [*CLAIMS]
+    for recipe,row in summary.iterrows():
+        line = f'| {row.claim} | {row.verdicts} | {row.found} of {row.expected} |'
+        assert line in readme, 'runs have changed: python tools/run_nbs.py nbs/index.ipynb, then python tools/readme.py'
+        page = ROOT/'nbs'/rows[f'{row.paper}, {row.table}']
+        assert f"describe_runs('{recipe}'" in '\n'.join(code(page))
+        counts = results_claims(recipe, 'small', RUNS).verdict.value_counts()
+        assert row.verdicts.count(',') == len(counts) - 1 and all(f'{n} ' in row.verdicts for n in counts)
