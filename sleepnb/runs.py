@@ -243,7 +243,7 @@ def _carry_out(
         for left in folder.glob('*checkpoint.safetensors'): left.unlink()
         return ''
 
-# %% ../nbs/620_runs.ipynb #d859888a
+# %% ../nbs/620_runs.ipynb #a0855e91
 @contextmanager
 def _workers(jobs, backend, scheduler): # `each(f, runs)`: what `f` gives for each run, in the order in which they end
     if backend not in ('loky', 'dask'):
@@ -270,7 +270,7 @@ def carry_out(
     out:str|Path='runs',      # a folder; made if it does not exist
     jobs:int=1,               # processes
     backend:str='loky',       # or `'dask'`: a cluster
-    scheduler:str|None=None,  # Dask's address, `'tcp://login1:8786'`, or its `.json` file; `None` starts workers on this machine
+    scheduler:str|None=None,  # of Dask: its address, `'tcp://login1:8786'`, or its `.json` file; `None` starts workers here
     retry:bool=False,         # those that failed
     progress:bool=True,       # show what is done
 )->dict[str, str]:            # id → why it failed, of those that failed
