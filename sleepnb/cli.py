@@ -243,7 +243,7 @@ def prepare(
     for night,why in made.failed.items(): _say(f'{night} failed: {_as_options(why)}')
     if made.failed: raise typer.Exit(1)
 
-# %% ../nbs/640_cli.ipynb #2c1d4e19
+# %% ../nbs/640_cli.ipynb #32473709
 _out = typer.Option('--out', metavar='WEIGHTS', help='Where the weights go: a .safetensors file.')
 _split = typer.Option('--split', metavar='FILE', help='A file that Split.save wrote: who trains, validates and is tested.')
 _passes = typer.Option('--passes', metavar='N', min=1, help='Times through the training data.')
@@ -264,8 +264,14 @@ def _checked_device(name):
         raise SleepnbError('this machine has no such device', found=repr(name), expected='cpu, or a graphics card that torch '
                            'can use, such as cuda') from error
 
+def _check_alone():
+    if (n := int(os.environ.get('WORLD_SIZE', 1))) > 1: # as torchrun and accelerate have it
+        raise SleepnbError('this command trains in one process', found=f'one of {n}',
+                           remedy='A training that is divided among several needs a script: see the tutorial on clusters.')
+
 def _train(learn, passes, out, what, **notes):
     "Fits, saves, and says how it went."
+    _check_alone()
     from sleepnb.callbacks import TerminalProgress, keep_memory
     from sleepnb.learner import fit_to_file
     keep_memory()
@@ -741,7 +747,7 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #ede13af5
+# %% ../nbs/640_cli.ipynb #bc16d9be
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
@@ -769,7 +775,8 @@ def recipe(
     out:Annotated[Path, _runs]=Path('runs'),
     jobs:Annotated[int, typer.Option('--jobs', metavar='N', help='Trainings side by side; -1 is one per core.')]=1,
     backend:Annotated[_Backend, typer.Option('--backend', help='loky: this machine; dask: a cluster.')]=_Backend.loky,
-    scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Of Dask, such as tcp://login1:8786.')]=None,
+    scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Of Dask: tcp://login1:8786, or the file that '
+        'dask scheduler --scheduler-file FILE.json writes.')]=None,
     retry:Annotated[bool, typer.Option('--retry', help='Try again what failed.')]=False,
     yes:Annotated[bool, typer.Option('--yes', help='Do not ask, however long it takes.')]=False,
     as_json:Annotated[bool, _json]=False,
@@ -779,6 +786,7 @@ def recipe(
     What is done is not computed again; what was interrupted goes on when the same command is given again. At the scale paper,
     DIR/stores must hold the datasets, as sleepnb prepare makes them: isruc-s1-mtssrl, sleep-edf-78-sleepsmc."""
     from sleepnb.recipes import runs_of
+    _check_alone()
     wanted = runs_of(name, scale)
     if there := unwritable(out):
         raise SleepnbError('nothing can be written there', where=out, found=str(there),

@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'SUBJECTS', 'KeepEach', 'code_checksum', 'is_done', 'carry_out', 'estimate_hours', 'read_result',
            'recipe_status', 'recipe_table', 'read_stages', 'compare_runs', 'run_recipe']
 
-# %% ../nbs/620_runs.ipynb #386050b6
+# %% ../nbs/620_runs.ipynb #77d097a1
 import ast
 import hashlib
 import json
@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pandas as pd
@@ -213,8 +214,10 @@ def _result(run, dls, made, table, started, clock)->dict:
     return dict(id=run.id, task=run.task, config=run.config, parent=run.parent and run.parent.id, scores=scores, nights=nights,
                 training=_no_nan(table).to_dict('list'), made=_provenance(dls, started, clock))
 
-# %% ../nbs/620_runs.ipynb #3b446ab9
+# %% ../nbs/620_runs.ipynb #08a493d5
 def is_done(run:Run, out:str|Path)->bool: return (Path(out)/run.id/'result.json').exists()
+
+_ALONE = Lock() # a worker of Dask may have several threads
 
 def _carry_out(
     run:Run,
@@ -224,7 +227,7 @@ def _carry_out(
 )->str:             # why it failed; empty if it is done
     folder = out/run.id
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/'.lock'), _one_thread():
+    with _ALONE, FileLock(folder/'.lock'), _one_thread():
         failed = folder/'failed.json'
         if is_done(run, out): return ''
         if failed.exists() and not retry: return json.loads(failed.read_text())['why']
@@ -242,17 +245,25 @@ def _carry_out(
         for left in folder.glob('*checkpoint.safetensors'): left.unlink()
         return ''
 
-# %% ../nbs/620_runs.ipynb #84fcace5
+# %% ../nbs/620_runs.ipynb #a0855e91
 @contextmanager
-def _workers(jobs, backend, scheduler):
+def _workers(jobs, backend, scheduler): # `each(f, runs)`: what `f` gives for each run, in the order in which they end
     if backend not in ('loky', 'dask'):
         raise SleepnbError('there is no such backend', found=repr(backend), expected='loky or dask')
     if backend == 'loky':
-        with parallel_config('loky', n_jobs=jobs, inner_max_num_threads=1): yield
+        with parallel_config('loky', n_jobs=jobs, inner_max_num_threads=1):
+            yield lambda f, runs: Parallel(return_as='generator_unordered', batch_size=1)(delayed(f)(r) for r in runs)
         return
-    try: from distributed import Client
+    try: from distributed import Client, as_completed
     except ImportError as error: raise SleepnbError('Dask is not installed', remedy="pip install 'sleepnb[cluster]'") from error
-    with Client(scheduler), parallel_config('dask', n_jobs=-1): yield
+    def each(f, runs): # joblib would ask how many workers there are now, and compute here if it is one
+        futures = dict(zip(client.map(f, runs, pure=False), runs))
+        for future in as_completed(futures):
+            error = future.exception()                                                   # several workers were lost with it
+            yield (futures[future], f'{type(error).__name__}: {error}') if error else future.result()
+    where = dict(threads_per_worker=1) if scheduler is None else \
+        {'scheduler_file' if str(scheduler).endswith('.json') else 'address': scheduler}
+    with Client(**where) as client: yield each
 
 def _bar(runs, progress): return tqdm(total=len(runs), desc='runs', unit='run', disable=None if progress else True)
 
@@ -261,7 +272,7 @@ def carry_out(
     out:str|Path='runs',      # a folder; made if it does not exist
     jobs:int=1,               # processes
     backend:str='loky',       # or `'dask'`: a cluster
-    scheduler:str|None=None,  # the address of Dask's, such as `'tcp://login1:8786'`; `None` starts workers on this machine
+    scheduler:str|None=None,  # of Dask: its address, `'tcp://login1:8786'`, or its `.json` file; `None` starts workers here
     retry:bool=False,         # those that failed
     progress:bool=True,       # show what is done
 )->dict[str, str]:            # id → why it failed, of those that failed
@@ -271,19 +282,18 @@ def carry_out(
     out,failed = Path(out).expanduser().resolve(), {}
     asked = [*dict.fromkeys(r for run in runs for r in (run.parent, run) if r)]
     shows = progress and jobs == 1 and backend == 'loky'
-    with _workers(jobs, backend, scheduler), _bar(asked, progress) as bar:
+    with _workers(jobs, backend, scheduler) as each, _bar(asked, progress) as bar:
         bar.update(sum(is_done(r, out) for r in asked))
         for first in (True, False):                                                      # without a parent, then with one
             todo = [r for r in asked if (r.parent is None) == first and not is_done(r, out)]
-            tasks = (delayed(_named)(r, out, retry, shows) for r in todo)
-            for run,why in Parallel(return_as='generator_unordered', batch_size=1)(tasks):
+            for run,why in each(partial(_named, out=out, retry=retry, progress=shows), todo):
                 bar.update()
                 if progress: tqdm.write(f'{"failed" if why else "done"}: {run}', file=sys.stderr)
                 if why: failed[run.id] = why
     return failed
 
-def _named(run, *args):
-    with parallel_config('sequential'): return run, _carry_out(run, *args)    # what a run does stays in its process
+def _named(run, **how):
+    with parallel_config('sequential'): return run, _carry_out(run, **how)    # what a run does stays in its process
 
 # %% ../nbs/620_runs.ipynb #c5fbc2fa
 _SECONDS = dict(pretrain=.01, finetune=.0015, scratch=.0015, sleepsmc=.006) # CPU seconds

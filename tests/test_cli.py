@@ -185,6 +185,14 @@ def test_help_teaches_by_examples(command):
     done = call(*command.split(), '--help')
     assert done.returncode == 0 and f'  sleepnb {command} ' in done.stdout
 
+def test_commands_that_train_refuse_to_be_one_of_several(cassette, tmp_path, monkeypatch):
+    "Each process would train the whole, and write where the others write."
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for args in (('pretrain', cassette, '--out', tmp_path/'w.safetensors'), ('run', 'mtssrl-table6', '--scale', 'smoke', '--out', tmp_path)):
+        done = call(*args)
+        assert done.returncode == 2 and 'trains in one process (found one of 2)' in done.stderr
+    assert not [*tmp_path.iterdir()]
+
 # prepare
 
 def test_a_bad_night_does_not_stop_the_others(work, tmp_path):

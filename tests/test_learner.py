@@ -694,7 +694,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from fastai.distributed import DistributedDL
 from safetensors.torch import save_file
 from torch import nn
-from sleepnb.callbacks import TrainingCallback
+from sleepnb.callbacks import Checkpoint, TrainingCallback
 from sleepnb.data.loaders import Stores, labelled_loaders, pretraining_loaders
 from sleepnb.data.splits import Split
 from sleepnb.learner import finetune_learner, mtssrl_learner, sleepsmc_learner, supervised_learner
@@ -763,7 +763,13 @@ class Rows(TrainingCallback):
     def after_batch(self):
         if self.training: self.passes[-1].append(self.x[0].tolist())
 
-def fit(what):
+class Stop(TrainingCallback):
+    "Interrupts within the second pass."
+    order = 99
+    def after_batch(self):
+        if self.training and (self.epoch, self.iter) == (1, 1): raise KeyboardInterrupt
+
+def fit(what, cbs=()):
     dls = (pretraining_loaders if what == 'mtssrl' else labelled_loaders)(stores, split, bs=4, mix='homogeneous' if what == 'mtssrl' else 'proportional',
                                                                           modalities=('EEG',) if what == 'sleepsmc' else None)
     torch.manual_seed(1)
@@ -771,12 +777,19 @@ def fit(what):
                  finetune=lambda: finetune_learner(dls, Backbone(montages), unfreeze=(1, 2, 3), cbs=Rows()),
                  sleepsmc=lambda: sleepsmc_learner(dls, channel_mode='cam', cbs=Rows()))[what]()
     learn.recorder.add_time = False
-    with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=MISSING), learn.no_bar(), learn.no_logging(): learn.fit(3)
+    with learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=MISSING), learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=cbs)
     values = [list(v) for v in learn.recorder.values]
     with learn.no_bar(), learn.no_logging(): alone = list(learn.validate()) if what == 'supervised' else None
     facts = dict(passes=learn.rows.passes, order=[dls.train.order(p).reshape(-1, 4).tolist() for p in range(3)],
                  values=values, alone=alone, best=learn.keep_best.kept['pass_'] if alone else None)
     return facts, torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+def interrupted(what):
+    "The same, in two goes."
+    checkpoint = lambda: Checkpoint(f'{folder}/{what}.checkpoint.safetensors', 0)   # after every step
+    try: fit(what, [checkpoint(), Stop()])
+    except KeyboardInterrupt: return fit(what, checkpoint())
+    raise AssertionError('it was not interrupted')
 
 def rest_of_a_pass():
     dl = labelled_loaders(stores, split, bs=4).train
@@ -794,7 +807,9 @@ def work(rank, port):
     DistributedDL._broadcast = broadcast
     dist.init_process_group('gloo')
     made,facts = steps('stages', rank, 2) | steps('tasks', rank, 2), dict(rest=rest_of_a_pass())
-    for what in ('mtssrl', 'supervised', 'finetune', 'sleepsmc'): facts[what],made[what] = fit(what)
+    for what in ('mtssrl', 'supervised', 'finetune', 'sleepsmc'):
+        facts[what],made[what] = fit(what)
+        facts[f'{what} again'],made[f'{what} again'] = interrupted(what)
     save_file(made, f'{folder}/{rank}.safetensors', metadata=dict(facts=json.dumps(facts)))
     dist.barrier()
     dist.destroy_process_group()
@@ -850,6 +865,15 @@ def test_distrib_ctx_divides_batches_and_agrees(together, what):
         assert steps == order + order[:len(order) % 2]          # whole batches, in turn; if one is missing, the first again
     if what == 'supervised': assert len(order) % 2 and a['alone'] == pytest.approx(a['values'][a['best']][1:], abs=1e-6)
     if what == 'mtssrl': assert all(len({row >= 30 for row in batch}) == 1 for batch in order) # of one cohort
+
+@pytest.mark.parametrize('what', ['mtssrl', 'supervised', 'finetune', 'sleepsmc'])
+def test_an_interrupted_training_goes_on_together(together, what):
+    "Two processes end where they would have ended, and train on what was left of the pass."
+    for rank in '01':
+        whole,again = (together[rank].facts[o] for o in (what, f'{what} again'))
+        assert_close(together[rank].tensors[f'{what} again'], together[rank].tensors[what], **EXACT)
+        assert again['values'] == whole['values'] and again['best'] == whole['best']
+        assert again['passes'] == [whole['passes'][1][2:], whole['passes'][2]] and again['passes'][0]
 
 def test_going_on_within_a_pass_together(together):
     for rank in '01':

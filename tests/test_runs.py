@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score
 import sleepnb
 from sleepnb.core import SleepnbError
 from sleepnb.recipes import RECIPES, Run, runs_of, table_rows
-from sleepnb.runs import (carry_out, code_checksum, compare_runs, estimate_hours, is_done, read_result, read_stages,
+from sleepnb.runs import (_workers, carry_out, code_checksum, compare_runs, estimate_hours, is_done, read_result, read_stages,
                           recipe_status, recipe_table, run_recipe)
 from sleepnb.weights import load_weights
 
@@ -171,6 +171,34 @@ def test_a_cluster_that_loses_a_worker(tmp_path):
     assert not work.is_alive() and not failed and all(is_done(r, tmp_path) for r in runs)
     assert {id: (tmp_path/id/'result.json').stat().st_mtime_ns for id in finished} == finished
     assert Counter(p.parent.name for p in tmp_path.rglob('result.json')) == Counter(r.id for r in runs)
+
+LOCAL = dict(dashboard_address=None, memory_limit=0, host='127.0.0.1')
+
+def test_one_worker_of_two_threads_trains_as_one_process_does(tmp_path, monkeypatch):
+    "The worker does it all, one run after the other, and finds the scheduler by its file."
+    import distributed
+    runs = [tiny(seed) for seed in range(2)]
+    carry_out(runs, tmp_path/'here', progress=False)
+    def elsewhere(*args, **how): raise AssertionError('the client trains')
+    monkeypatch.setattr('sleepnb.runs._carry_out', elsewhere)
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, **LOCAL) as cluster:
+        (tmp_path/'scheduler.json').write_text(json.dumps(dict(address=cluster.scheduler_address)))
+        how = dict(backend='dask', scheduler=str(tmp_path/'scheduler.json'), progress=False)
+        assert not carry_out(runs, tmp_path/'there', **how)
+    for run in runs:
+        here,there = (read_result(run, tmp_path/o) for o in ('here', 'there'))
+        for k in ('scores', 'nights', 'training'): assert here[k] == there[k]
+
+def test_a_run_that_kills_its_workers_does_not_stop_the_others():
+    import dask, distributed
+    runs = [tiny(seed) for seed in range(2)]                                  # one for each worker
+    def work(run):
+        if run == runs[0]: os._exit(1)
+        return run, ''
+    with dask.config.set({'distributed.scheduler.allowed-failures': 0}), \
+            distributed.LocalCluster(n_workers=2, threads_per_worker=1, **LOCAL) as cluster, \
+            _workers(1, 'dask', cluster.scheduler_address) as each: found = dict(each(work, runs))
+    assert {*found} == {*runs} and found[runs[0]].startswith('KilledWorker')
 
 def test_the_shell_computes_nothing_twice(tmp_path):
     "Table 4 of MTSSRL-MD from one end to the other, interrupted in between."

@@ -113,7 +113,9 @@ def convert(nb, site):
             if cell['metadata'].get('language') == 'sh': source = f'%%sh\n{source}' # which nbdev takes away
             if is_definition(opts) and (names := definitions(source)): made.append(text(api_heading(names, links)))
             made.append(code_cell(cell, opts, source))
-    return nb | dict(cells=[dict(id=f'cell-{i}') | cell for i,cell in enumerate(made) if cell['source'].strip()])
+    language = dict(name='python', pygments_lexer='ipython3')                                 # which knows cells of a shell
+    return nb | dict(cells=[dict(id=f'cell-{i}') | cell for i,cell in enumerate(made) if cell['source'].strip()],
+                     metadata=nb['metadata'] | dict(language_info=language))
 
 def navigation(contents, caption=None):
     "The sidebar of `_quarto.yml` as hidden tables of contents."
