@@ -243,7 +243,7 @@ def prepare(
     for night,why in made.failed.items(): _say(f'{night} failed: {_as_options(why)}')
     if made.failed: raise typer.Exit(1)
 
-# %% ../nbs/640_cli.ipynb #32473709
+# %% ../nbs/640_cli.ipynb #650af960
 _out = typer.Option('--out', metavar='WEIGHTS', help='Where the weights go: a .safetensors file.')
 _split = typer.Option('--split', metavar='FILE', help='A file that Split.save wrote: who trains, validates and is tested.')
 _passes = typer.Option('--passes', metavar='N', min=1, help='Times through the training data.')
@@ -280,6 +280,11 @@ def _train(learn, passes, out, what, **notes):
     title = (f'{what} on {", ".join(train.stores.cohorts)}: subjects {train_n} to train, {valid_n} to validate, '
              f'{test_n} kept for testing (split {split.id})\npasses: {passes}, steps of a pass: {len(train)}')
     with learn.no_bar(), learn.no_logging(): trained = fit_to_file(learn, passes, out, cbs=TerminalProgress(title), **notes)
+    best = getattr(learn, 'keep_best', None)
+    if trained and best is not None and best.kept['pass_'] is not None:
+        ended = len(learn.recorder.values) < passes
+        _say(f'kept: pass {best.kept["pass_"] + 1}, by {best.monitor.replace("_", " ").replace("f1", "F1")} of the subjects who validate'
+             + f'; {best.patience} passes without a better one ended the training' * ended)
     typer.echo(f'{out}: {"the weights are there" if trained else "the weights of this training were there already"}')
 
 # %% ../nbs/640_cli.ipynb #d3e54d6e
@@ -655,7 +660,7 @@ def _staging_as_text(staging, scored, paths):
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #52598545
+# %% ../nbs/640_cli.ipynb #1b9a3f5d
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
@@ -692,6 +697,7 @@ def stage(
 
     What fails is reported, and other recordings go on; then the exit code is 1, or 2 if nothing was written. A recording
     without one epoch that can be staged fails, too. A file is written whole or not at all."""
+    if not any(f.exists() for f in files): describe(files[0])                   # says so before torch is loaded
     from sleepnb.stager import Stager
     if hypnogram and len(files) > 1:
         raise SleepnbError('one hypnogram belongs to one recording', where=hypnogram, found=plural(len(files), 'recording'))
@@ -747,20 +753,12 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #bc16d9be
+# %% ../nbs/640_cli.ipynb #fe79677b
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
 _scale = typer.Option('--scale', help='smoke: does it run? small: simulated cohorts, for two cores; paper: the datasets.')
 _runs = typer.Option('--out', metavar='DIR', help='Where runs are kept.')
-
-def _as_table(table): # ours and what is printed, one line per row of the table
-    ours = ['–' if math.isnan(o) else f'{o:.4g}' for o in table.ours]
-    table = table.assign(cell=[f'{o} ({p:g})' for o,p in zip(ours, table.printed)],
-                         runs=[f'{r.found}/{r.expected}' if r.expected else 'not built' for r in table.itertuples()])
-    keys = ['dataset', 'setting', 'model', 'modality', 'runs']
-    wide = table.set_index([*keys, 'metric']).cell.unstack(sort=False)
-    return _table([[*keys, *wide.columns], *([*map(str, index), *row] for index,row in zip(wide.index, wide.to_numpy()))])
 
 def _states(status): return {s: int((status.state == s).sum()) for s in _STATES}
 
@@ -791,15 +789,21 @@ def recipe(
     if there := unwritable(out):
         raise SleepnbError('nothing can be written there', where=out, found=str(there),
                            remedy='Name another folder: --out DIR.')
-    from sleepnb.runs import estimate_hours, is_done, run_recipe
+    from sleepnb.runs import check_stores, estimate_hours, is_done, run_recipe
     todo = [r for r in wanted if not is_done(r, out)]
+    check_stores(todo, out)
     hours = estimate_hours(todo)
-    _say(f'{name} at the scale {scale}: {plural(len(wanted), "run")}, {len(wanted) - len(todo)} done; '
-         f'the others take about {hours:.1f} hours of a core')
+    takes = f'about {hours:.1f} hours' if hours >= .1 else f'about {plural(math.ceil(60*hours), "minute")}'
+    _say(f'{name} at the scale {scale}: {plural(len(wanted), "run")}, {len(wanted) - len(todo)} done'
+         + f'; the others take {takes} of a core' * bool(todo))
     if hours > 4 and not yes and not (sys.stdin.isatty() and typer.confirm('Begin?', err=True)):
         raise SleepnbError('nothing was begun, for it would take more than four hours', remedy='Add --yes.')
     table = run_recipe(name, scale, out, jobs=jobs, backend=backend, scheduler=scheduler, retry=retry)
-    typer.echo(table.to_json(orient='records') if as_json else _as_table(table))
+    if as_json: typer.echo(table.to_json(orient='records'))
+    else:
+        from sleepnb.results import describe_runs, results_table
+        typer.echo(f'{describe_runs(name, scale, out)}\nprinted numbers are in brackets\n\n'
+                   + results_table(name, scale, out).to_string())
 
 @app.command('runs')
 def recipes(
@@ -819,8 +823,8 @@ def recipes(
         typer.echo(json.dumps({o: dict(scale=scale, expected=len(t), **_states(t), runs=t.reset_index().to_dict('records'))
                                for o,t in found.items()}))
     elif name:
-        rows = [[id, r.task, r.data, str(r.seed), r.state, r.why] for id,r in found[name].iterrows()]
-        typer.echo(_table([['run', 'task', 'data', 'seed', 'state', ''], *rows]))
+        rows = [[id, r.task, r.data, r.what, str(r.seed), r.state, r.why] for id,r in found[name].iterrows()]
+        typer.echo(_table([['run', 'task', 'data', 'of', 'seed', 'state', ''], *rows]))
     else:
         rows = [[o, str(len(t)), *map(str, _states(t).values())] for o,t in found.items()]
         typer.echo(_table([['recipe', 'expected', *_STATES], *rows], right=True))
