@@ -252,7 +252,7 @@ def _page(title, parts):
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{html.escape(title)}</title>'
             f'<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n' + '\n'.join(parts) + '\n</body></html>\n')
 
-# %% ../nbs/635_demo.ipynb #7d3472ab
+# %% ../nbs/635_demo.ipynb #43dd428d
 def _draw_montages():
     fig = Figure(figsize=(8.4, 3), layout='constrained')
     for ax,(cohort,(channels,_)) in zip(fig.subplots(1, len(MONTAGES)), MONTAGES.items()):
@@ -264,7 +264,7 @@ def _draw_courses(out):
     fig = Figure(figsize=(8.4, 3.4), layout='constrained')
     axes = fig.subplots(1, 3)
     axes[0].plot(np.arange(len(logs['encoder']['steps'])) + 1, logs['encoder']['steps'], color='k', lw=1)
-    axes[0].set(title='pretraining', xlabel='step', ylabel='loss of all tasks, smoothed')
+    axes[0].set(title='pretraining', xlabel='step', ylabel='loss, smoothed')
     tasks = pd.DataFrame(logs['encoder']['tasks'])
     for task,rows in tasks.groupby('task', sort=False):
         line, = axes[1].plot(rows.pass_ + 1, rows.loss, 'o-', ms=3, label=task)
