@@ -111,7 +111,7 @@ def real(work):
     stores,rows = Stores(work/'real', in_memory=True), []
     scored = np.flatnonzero(stores.stages >= 0)
     for file in sorted(work.glob('trained home all *.safetensors')):
-        network = load_weights(file)[0]
+        network = load_weights(file)[0].for_montages({s.cohort: s.channels for s in stores.stores})
         for using in [*((m,) for m in MODALITIES), MODALITIES]:
             with torch.inference_mode():
                 logits = torch.cat([network.stage(b, using) for b,_ in EpochLoader(stores, scored, bs=256, modalities=MODALITIES)])
