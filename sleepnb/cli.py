@@ -243,7 +243,7 @@ def prepare(
     for night,why in made.failed.items(): _say(f'{night} failed: {_as_options(why)}')
     if made.failed: raise typer.Exit(1)
 
-# %% ../nbs/640_cli.ipynb #650af960
+# %% ../nbs/640_cli.ipynb #176be37c
 _out = typer.Option('--out', metavar='WEIGHTS', help='Where the weights go: a .safetensors file.')
 _split = typer.Option('--split', metavar='FILE', help='A file that Split.save wrote: who trains, validates and is tested.')
 _passes = typer.Option('--passes', metavar='N', min=1, help='Times through the training data.')
@@ -283,7 +283,8 @@ def _train(learn, passes, out, what, **notes):
     best = getattr(learn, 'keep_best', None)
     if trained and best is not None and best.kept['pass_'] is not None:
         ended = len(learn.recorder.values) < passes
-        _say(f'kept: pass {best.kept["pass_"] + 1}, by {best.monitor.replace("_", " ").replace("f1", "F1")} of the subjects who validate'
+        by = best.monitor.replace('_', ' ').replace('f1', 'F1')
+        _say(f'kept: pass {best.kept["pass_"] + 1}, by {by} of the subjects who validate'
              + f'; {best.patience} passes without a better one ended the training' * ended)
     typer.echo(f'{out}: {"the weights are there" if trained else "the weights of this training were there already"}')
 

@@ -258,7 +258,7 @@ def _carry_out(
         for left in folder.glob('*checkpoint.safetensors'): left.unlink()
         return ''
 
-# %% ../nbs/620_runs.ipynb #a0855e91
+# %% ../nbs/620_runs.ipynb #9449079c
 @contextmanager
 def _workers(jobs, backend, scheduler): # `each(f, runs)`: what `f` gives for each run, in the order in which they end
     if backend not in ('loky', 'dask'):
@@ -274,8 +274,14 @@ def _workers(jobs, backend, scheduler): # `each(f, runs)`: what `f` gives for ea
         for future in as_completed(futures):
             error = future.exception()                                                   # several workers were lost with it
             yield (futures[future], f'{type(error).__name__}: {error}') if error else future.result()
-    where = dict(threads_per_worker=1) if scheduler is None else \
-        {'scheduler_file' if str(scheduler).endswith('.json') else 'address': scheduler}
+    if scheduler is None: where = dict(n_workers=jobs if jobs > 0 else None, threads_per_worker=1, memory_limit=0)
+    else: where = {'scheduler_file' if str(scheduler).endswith('.json') else 'address': scheduler}
+    deadline = time.monotonic() + 300
+    while (file := where.get('scheduler_file')) and not Path(file).exists():     # Dask itself would wait for ever
+        if time.monotonic() > deadline:
+            raise SleepnbError('no scheduler of Dask has written this file within five minutes', where=file,
+                               remedy='Is the scheduler running, with --scheduler-file on a disk that is seen from here?')
+        time.sleep(.5)
     with Client(**where) as client: yield each
 
 def _bar(runs, progress): return tqdm(total=len(runs), desc='runs', unit='run', disable=None if progress else True)
@@ -285,7 +291,7 @@ def carry_out(
     out:str|Path='runs',      # a folder; made if it does not exist
     jobs:int=1,               # processes
     backend:str='loky',       # or `'dask'`: a cluster
-    scheduler:str|None=None,  # of Dask: its address, `'tcp://login1:8786'`, or its `.json` file; `None` starts workers here
+    scheduler:str|None=None,  # of Dask: its address, `'tcp://login1:8786'`, or its `.json` file; `None` starts `jobs` workers here
     retry:bool=False,         # those that failed
     progress:bool=True,       # show what is done
 )->dict[str, str]:            # id → why it failed, of those that failed
@@ -303,6 +309,9 @@ def carry_out(
                 bar.update()
                 if progress: tqdm.write(f'{"failed" if why else "done"}: {run}', file=sys.stderr)
                 if why: failed[run.id] = why
+                if why and not (file := out/run.id/'failed.json').exists():              # its process was lost
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    _write_json(file, dict(run=run.id, config=run.config, why=why, traceback=''))
     return failed
 
 def _named(run, **how):
@@ -329,7 +338,7 @@ def estimate_hours(
         total += seen*_SECONDS[run.task]*len(c.get('rates', [1]))*(2 if c.get('uncertainty') else 1)
     return total / 3600
 
-# %% ../nbs/620_runs.ipynb #bc4de8db
+# %% ../nbs/620_runs.ipynb #5be8575c
 def read_result(
     run:Run|str,  # or its id
     out:str|Path='runs',
@@ -338,6 +347,17 @@ def read_result(
     path = Path(out)/getattr(run, 'id', run)/'result.json'
     return json.loads(path.read_text()) if path.exists() else None
 
+def _what(run)->str: # in which the runs of a recipe differ
+    c = run.config
+    if run.task == 'sleepsmc':
+        system = 'C + U' if c['uncertainty'] else 'C' if c['contrast'] else 'FeatureNet'
+        return f'{c["primary"]}, {system}' + ', −r' * (c['score'] == 'negative')
+    if run.task == 'pretrain':
+        size = f', {c["cam"]["n_dims"]} × {c["cam"]["n_virtual"]}' if 'cam' in c else ''
+        return f'{"+".join(c["tasks"])}, {c["weighting"]}{size}'
+    labels = f'{c["labels"]:.0%} of the labels'
+    return f'{labels}, after {run.parent.id}' if run.parent else labels
+
 def recipe_status(
     recipe:str,           # a key of `RECIPES`
     scale:str='small',    # a key of `SCALES`
@@ -345,25 +365,22 @@ def recipe_status(
 )->pd.DataFrame:          # one row per run; columns task, data, what, seed, state: done, stale, failed or missing; why
     "How far a recipe has come."
     rows = []
-    def what(c): # in which runs of a recipe differ, in words
-        if 'primary' in c: return f'{c["primary"]}, ' + ('C + U' if c['uncertainty'] else 'C' if c['contrast'] else 'FeatureNet')
-        return ' '.join(c['tasks']) + f', {c["weighting"]}' if 'tasks' in c else f'{c["labels"]:.0%} of the labels'
     for run in runs_of(recipe, scale):
         found,why,file = read_result(run, out), '', Path(out)/run.id/'failed.json'
         if found: state = 'done' if found['made']['code'] == code_checksum() else 'stale'
         elif file.exists(): state,why = 'failed', json.loads(file.read_text())['why']
         else: state = 'missing'
         data = '+'.join(d['name'] for d in run.config['data'])
-        rows.append(dict(id=run.id, task=run.task, data=data, what=what(run.config), seed=run.config['seed'], state=state, why=why))
+        rows.append(dict(id=run.id, task=run.task, data=data, what=_what(run), seed=run.config['seed'], state=state, why=why))
     return pd.DataFrame(rows).set_index('id')
 
 def recipe_table(
     recipe:str,           # a key of `RECIPES`
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',
-)->pd.DataFrame:          # columns dataset, setting, model, modality, metric, printed, printed_sd; ours, low, high, sd: means
-                          # of runs and of their intervals over people, and the spread of runs; found, expected, ids of
-                          # those found
+)->pd.DataFrame:          # columns dataset, setting, model, modality, metric, printed, printed_sd; ours: the mean of
+                          # runs; low, high: over people, if there is one run, and sd, if there are several; found,
+                          # expected, ids of those found
     """Ours beside what is printed; a number that was not computed is NaN. Both are in percent where the paper's are.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
@@ -373,7 +390,8 @@ def recipe_table(
         found = [f for r in row.runs if (f := read_result(r, out))]
         for n in numbers[(numbers[keys] == [getattr(row, k) for k in keys]).all(axis=1)].itertuples():
             scores = np.array([f['scores'][row.modality][METRICS[n.metric]][:3] for f in found], dtype=float)*unit
-            ours,low,high = scores.mean(axis=0) if found else [np.nan]*3
+            ours = scores[:, 0].mean() if found else np.nan
+            low,high = scores[0, 1:] if len(found) == 1 else [np.nan]*2
             sd = scores[:, 0].std(ddof=1) if len(found) > 1 else np.nan
             rows.append({k: getattr(row, k) for k in keys}
                         | dict(metric=n.metric, printed=n.mean, printed_sd=n.std, ours=ours, low=low, high=high, sd=sd,

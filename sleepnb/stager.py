@@ -223,7 +223,7 @@ def _at_100_hz(
     short = n*EPOCH_SEC*FS - len(y)
     return to_epochs(np.pad(y, (0, short), 'edge') if short > 0 else y)[:n]
 
-# %% ../nbs/600_stager.ipynb #230228af
+# %% ../nbs/600_stager.ipynb #2f6c082b
 _ENVELOPE_HZ,_ENVELOPE_SHARE,LONG_HOURS = 10, 1e-5, 12
 
 def _is_envelope(
@@ -236,7 +236,7 @@ def _is_envelope(
     power = np.abs(rfft((e - e.mean(-1, keepdims=True)) * window))**2
     apart = np.diff(np.unique(e))
     step = min(apart[apart > 1e-6*np.ptp(e)], default=0) if e.size else 0
-    noise = 2 * step**2/12 * (window**2).sum()                                   # of each frequency
+    noise = 2 * step**2/12 * (window**2).sum()                                   # twice what the steps give each frequency
     above,whole = (power[:, _ENVELOPE_HZ*EPOCH_SEC:] - noise).sum(-1), power.sum(-1)
     return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
 
@@ -513,7 +513,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #a82d2dbf
+# %% ../nbs/600_stager.ipynb #11bb9db1
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -661,7 +661,8 @@ class Stager:
                                  expected=f'{EPOCH_SEC} s or more', found=f'{source.duration:g} s')
         if (rest := source.duration - onset - n*EPOCH_SEC) > .05: notes.append(f'the last {rest:.4g} s fill no epoch')
         prepared,more = _prepare(source, found, self.recipe, (onset, n))
-        notes += _unknown(found, self.modalities) * (modalities is None and channels is None) + more + _useless(found, prepared.quality)
+        if modalities is None and channels is None: notes += _unknown(found, self.modalities)
+        notes += more + _useless(found, prepared.quality)
         kinds = [d.got.modality.value for d in found.derivations]
         of = {m: [k for k,kind in enumerate(kinds) if kind == m] for m in self.modalities}
         how = dict(network=self.network, names=[d.got.name for d in found.derivations], cohort=cohort, of=of, fuse=fuse)

@@ -30,7 +30,7 @@ from sleepnb.data.splits import holdout_split, kfold_splits
 from sleepnb.data.store import Cohort, EpochStore, prepare
 from sleepnb.learner import extract_features, load_learner, predict_stages, save_learner, score_subsets, sleepsmc_learner
 from sleepnb.montage import parse_channel
-from sleepnb.recipes import table_rows
+from sleepnb.recipes import read_settings, table_rows
 from sleepnb.runs import KeepEach
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
@@ -126,7 +126,8 @@ def features(work, runs):
     dls,rows = loaders(stores_of(work, 'nine'), 'nine', 0, 0), []
     table = table_rows('sleepsmc-table3').query('dataset == "ISRUC-S3" and modality in @MODALITIES')
     for row in table.itertuples():
-        system = {'U=no;C=no': 'FeatureNet', 'U=yes;C=yes': '+ C + U'}.get(row.setting.split(':')[1].rsplit(';', 1)[0])
+        said = read_settings(row.setting)
+        system = {('no', 'no'): 'FeatureNet', ('yes', 'yes'): '+ C + U'}.get((said['U'], said['C']))
         if system is None: continue
         name = f'weights{" " + row.modality if system == "FeatureNet" else ""}.safetensors'
         epochs,x = extract_features(load_learner(runs/row.runs[0].id/name, dls), row.modality)
