@@ -661,7 +661,7 @@ def _staging_as_text(staging, scored, paths):
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #1b9a3f5d
+# %% ../nbs/640_cli.ipynb #fb1a80aa
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
@@ -698,6 +698,7 @@ def stage(
 
     What fails is reported, and other recordings go on; then the exit code is 1, or 2 if nothing was written. A recording
     without one epoch that can be staged fails, too. A file is written whole or not at all."""
+    from sleepnb.data.psg import describe
     if not any(f.exists() for f in files): describe(files[0])                   # says so before torch is loaded
     from sleepnb.stager import Stager
     if hypnogram and len(files) > 1:

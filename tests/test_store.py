@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from sleepnb.core import RecordingError, StoreError
 from sleepnb.data import store as store_module
@@ -263,6 +264,7 @@ def test_ctrl_c_is_heard_by_one_process(tmp_path):
         (tmp_path/f'{row["subject"]}.txt').write_text(signal.getsignal(signal.SIGINT).name)
         return read_synth(row)
     before = signal.getsignal(signal.SIGINT)
+    get_reusable_executor().shutdown()                                   # workers that an earlier test has left hear it
     prepare(replace(cohort(['a', 'b']), read=read), tmp_path/'s', jobs=2, progress=False)
     assert [(tmp_path/f'{s}.txt').read_text() for s in 'ab'] == ['SIG_IGN']*2 and signal.getsignal(signal.SIGINT) is before
 

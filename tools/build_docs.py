@@ -115,7 +115,7 @@ def convert(nb, site):
             made.append(code_cell(cell, opts, source))
     language = dict(name='python', pygments_lexer='ipython3')                                 # which knows cells of a shell
     return nb | dict(cells=[dict(id=f'cell-{i}') | cell for i,cell in enumerate(made) if cell['source'].strip()],
-                     metadata=nb['metadata'] | dict(language_info=language))
+                     metadata=nb.get('metadata', {}) | dict(language_info=language))
 
 def navigation(contents, caption=None):
     "The sidebar of `_quarto.yml` as hidden tables of contents."
