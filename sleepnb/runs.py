@@ -258,7 +258,7 @@ def _carry_out(
         for left in folder.glob('*checkpoint.safetensors'): left.unlink()
         return ''
 
-# %% ../nbs/620_runs.ipynb #9449079c
+# %% ../nbs/620_runs.ipynb #e490f753
 @contextmanager
 def _workers(jobs, backend, scheduler): # `each(f, runs)`: what `f` gives for each run, in the order in which they end
     if backend not in ('loky', 'dask'):
@@ -289,9 +289,9 @@ def _bar(runs, progress): return tqdm(total=len(runs), desc='runs', unit='run', 
 def carry_out(
     runs:Iterable[Run],
     out:str|Path='runs',      # a folder; made if it does not exist
-    jobs:int=1,               # processes
+    jobs:int=1,               # processes that are started here
     backend:str='loky',       # or `'dask'`: a cluster
-    scheduler:str|None=None,  # of Dask: its address, `'tcp://login1:8786'`, or its `.json` file; `None` starts `jobs` workers here
+    scheduler:str|None=None,  # of Dask: its address, `'tcp://login1:8786'`, or its `.json` file; `None` starts workers here
     retry:bool=False,         # those that failed
     progress:bool=True,       # show what is done
 )->dict[str, str]:            # id → why it failed, of those that failed
