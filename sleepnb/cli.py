@@ -604,7 +604,7 @@ def _places(
                                remedy='Name another folder: --out DIR.')
     return made
 
-# %% ../nbs/640_cli.ipynb #e2f79acc
+# %% ../nbs/640_cli.ipynb #0d38fcd2
 def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is none
     from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram
     inside = describe(file)['hypnogram'] # refuses what is no recording
@@ -628,7 +628,7 @@ def _staged(stager, file, given, reading, how): # the staging; the file of the h
     except HypnogramError as error:
         if given: raise
         error.remedy = error.remedy or 'Name the right one: --hypnogram FILE.'
-        _say(f'no agreement is computed. {_told(_in_shell(error))}')
+        _say(f'no agreement is computed. {_told(error)}')
     return stager.stage(file, **how), None
 
 # %% ../nbs/640_cli.ipynb #09df97dc
@@ -661,7 +661,7 @@ def _staging_as_text(staging, scored, paths):
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #fb1a80aa
+# %% ../nbs/640_cli.ipynb #8f00c0c2
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
@@ -714,7 +714,7 @@ def stage(
             if report: written.append(_write_report(staging, paths[1], file, how, force))
         except Exception as error:
             if os.environ.get('SLEEPNB_DEBUG'): raise
-            text = _told(_in_shell(error))
+            text = _told(error)
             if written: text = f'the stages are in {paths[0]}, but the report failed: {text}'
             elif i == 0 and isinstance(error, SleepnbError) and not error.where: raise # it is not the recording that is wrong
             _say(text if str(file) in text else f'{file}: {text}')
@@ -755,7 +755,7 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #fe79677b
+# %% ../nbs/640_cli.ipynb #db1b7975
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
@@ -788,9 +788,7 @@ def recipe(
     from sleepnb.recipes import runs_of
     _check_alone()
     wanted = runs_of(name, scale)
-    if there := unwritable(out):
-        raise SleepnbError('nothing can be written there', where=out, found=str(there),
-                           remedy='Name another folder: --out DIR.')
+    _check_folder(out, 'Name another folder: --out DIR.')
     from sleepnb.runs import check_stores, estimate_hours, is_done, run_recipe
     todo = [r for r in wanted if not is_done(r, out)]
     check_stores(todo, out)

@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'VERDICTS', 'describe_runs', 'results_table', 'Claim', 'results_claims', 'count_verdicts', 'show_claims',
            'plot_claims', 'plot_results', 'results_summary']
 
-# %% ../nbs/625_results.ipynb #ad4ca329
+# %% ../nbs/625_results.ipynb #0b56c009
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .recipes import METRICS, check_recipe, read_settings, recipe_numbers, table_rows
+from .recipes import METRICS, UNITS, check_recipe, read_settings, recipe_numbers, table_rows
 from .runs import compare_runs, recipe_status, recipe_table
 
 # %% ../nbs/625_results.ipynb #f35de3e9
@@ -54,8 +54,8 @@ def describe_runs(
     if len(absent := rows[~built].model.unique()): lines.append('not built: ' + ', '.join(absent))
     return '\n'.join(lines)
 
-# %% ../nbs/625_results.ipynb #1d6c2be9
-def _digits(recipe): return 2 if recipe.startswith('mtssrl') else 3             # percent, or fractions
+# %% ../nbs/625_results.ipynb #93972400
+def _digits(paper): return 2 if UNITS[paper] == 100 else 3                       # percent, or fractions
 
 def _cell(row, digits):
     ours = '–' if np.isnan(row.ours) else f'{row.ours:.{digits}f}'
@@ -74,7 +74,8 @@ def results_table(
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     table = _named(recipe_table(recipe, scale, out))
-    table['cell'] = [_cell(row, _digits(recipe)) for row in table.itertuples()]
+    digits = _digits(check_recipe(recipe, scale)[0])
+    table['cell'] = [_cell(row, digits) for row in table.itertuples()]
     table = table.sort_values(differ := _differing(table), key=lambda k: pd.factorize(k)[0], kind='stable') # as in print
     wide = table.set_index([*differ, 'system', 'metric']).cell.unstack(sort=False)
     return wide[metrics or [*wide]].rename_axis(columns=None)
@@ -121,7 +122,7 @@ CLAIMS = { # key of `RECIPES` → claim
     'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r',
                              _better('weights by exp(−r)', 'weights by −r'))}
 
-# %% ../nbs/625_results.ipynb #bb097052
+# %% ../nbs/625_results.ipynb #8a0960c4
 VERDICTS = ('holds', 'does not hold', 'undecided', 'not computed', 'not built')
 _MAIN = {'MTSSRL-MD': 'MF1', 'SleepSMC': 'Kappa'}                               # what claims are about, as printed
 
@@ -136,7 +137,7 @@ def results_claims(
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     paper = check_recipe(recipe, scale)[0]
-    metric,unit = metric or _MAIN[paper], 100 if paper == 'MTSSRL-MD' else 1
+    metric,unit = metric or _MAIN[paper], UNITS[paper]
     rows,numbers = _named(table_rows(recipe, scale)), _named(recipe_numbers(recipe, scale).query('metric == @metric'))
     rows = rows.merge(numbers[[*_WHERE, 'system', 'mean']])
     tested = []

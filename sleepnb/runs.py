@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'SUBJECTS', 'check_stores', 'KeepEach', 'code_checksum', 'is_done', 'carry_out', 'estimate_hours',
            'read_result', 'recipe_status', 'recipe_table', 'read_stages', 'compare_runs', 'run_recipe']
 
-# %% ../nbs/620_runs.ipynb #77d097a1
+# %% ../nbs/620_runs.ipynb #205408e4
 import ast
 import hashlib
 import json
@@ -41,26 +41,38 @@ from .learner import (finetune_learner, mtssrl_learner, predict_stages, save_lea
                              supervised_learner)
 from .metrics import score_difference, score_table
 from .montage import parse_channel
-from .recipes import METRICS, Run, recipe_numbers, runs_of, table_rows
+from .recipes import METRICS, UNITS, Run, recipe_numbers, runs_of, table_rows
 from .stager import _one_thread
 from .synth import synth_night
 
-# %% ../nbs/620_runs.ipynb #417f2354
+# %% ../nbs/620_runs.ipynb #01c1b62d
 def _simulated(row, name, channels, population, epochs):
     subject = name.removesuffix('-simulated') + row['subject']
     made = synth_night(channels, n_epochs=epochs, subject=subject, population=population)
     return Night(list(made.x), [100]*len(channels), [parse_channel(c) for c in channels], made.stages)
 
+def _folder_of(data, stores):
+    size = f'-{data["people"]}x{data["epochs"]}' if 'people' in data else ''
+    return stores/f'{data["name"]}-{data["recipe"]}{size}'
+
+def _check_prepared(
+    asked:list[dict], # cohorts, as recipes describe them
+    stores:Path,
+):
+    folders = {_folder_of(d, stores): d for d in asked if 'people' not in d}
+    if absent := {f: folders[f] for f in sorted(folders) if not f.exists()}:
+        raise StoreError('datasets of this scale are not prepared', where=stores,
+                         found=f'without {", ".join(f.name for f in absent)}',
+                         remedy='; '.join(f'sleepnb prepare {d["name"]} FOLDER --store {f} --recipe {d["recipe"]}'
+                                          for f,d in absent.items()))
+
 def _store(
     data:dict,    # a cohort, as a recipe describes it
     stores:Path,
 )->EpochStore:
-    name,recipe = data['name'], data['recipe']
-    folder = stores/f'{name}-{recipe}' if 'people' not in data else stores/f'{name}-{recipe}-{data["people"]}x{data["epochs"]}'
+    name,recipe,folder = data['name'], data['recipe'], _folder_of(data, stores)
     if 'people' not in data:
-        if not folder.exists():
-            raise StoreError('a dataset of this scale is not prepared', where=folder,
-                             remedy=f'sleepnb prepare {name} FOLDER --store {folder} --recipe {recipe}')
+        _check_prepared([data], stores)
         return EpochStore(folder)
     nights = pd.DataFrame(dict(subject=[f'{i:02}' for i in range(data['people'])], night=1))
     read = partial(_simulated, **{k: data[k] for k in ('name', 'channels', 'population', 'epochs')})
@@ -72,13 +84,7 @@ def check_stores(
     out:str|Path='runs',
 ):
     "Raises `StoreError` with what to do for each dataset that runs need and nobody prepared."
-    asked = {(d['name'], d['recipe']) for r in runs for d in r.config['data'] if 'people' not in d}
-    folders = {Path(out)/'stores'/f'{name}-{recipe}': (name, recipe) for name,recipe in sorted(asked)}
-    if absent := {f: o for f,o in folders.items() if not f.exists()}:
-        raise StoreError('datasets of this scale are not prepared', where=Path(out)/'stores',
-                         found=f'without {", ".join(f.name for f in absent)}',
-                         remedy='; '.join(f'sleepnb prepare {name} FOLDER --store {f} --recipe {recipe}'
-                                          for f,(name,recipe) in absent.items()))
+    _check_prepared([d for r in runs for d in r.config['data']], Path(out)/'stores')
 
 def _stores(config, stores): return Stores([_store(d, stores) for d in config['data']], in_memory=True)
 
@@ -227,10 +233,14 @@ def _result(run, dls, made, table, started, clock)->dict:
     return dict(id=run.id, task=run.task, config=run.config, parent=run.parent and run.parent.id, scores=scores, nights=nights,
                 training=_no_nan(table).to_dict('list'), made=_provenance(dls, started, clock))
 
-# %% ../nbs/620_runs.ipynb #08a493d5
+# %% ../nbs/620_runs.ipynb #f6a0fa99
 def is_done(run:Run, out:str|Path)->bool: return (Path(out)/run.id/'result.json').exists()
 
 _ALONE = Lock() # a worker of Dask may have several threads
+
+def _note_failed(run, out, why, traceback=''):
+    (out/run.id).mkdir(parents=True, exist_ok=True)
+    _write_json(out/run.id/'failed.json', dict(run=run.id, config=run.config, why=why, traceback=traceback))
 
 def _carry_out(
     run:Run,
@@ -253,12 +263,12 @@ def _carry_out(
             _write_json(folder/'result.json', _result(run, dls, made, table, started, clock))
         except Exception as error:
             why = f'{type(error).__name__}: {error}'
-            _write_json(failed, dict(run=run.id, config=run.config, why=why, traceback=traceback.format_exc()))
+            _note_failed(run, out, why, traceback.format_exc())
             return why
         for left in folder.glob('*checkpoint.safetensors'): left.unlink()
         return ''
 
-# %% ../nbs/620_runs.ipynb #e490f753
+# %% ../nbs/620_runs.ipynb #3b8c30d1
 @contextmanager
 def _workers(jobs, backend, scheduler): # `each(f, runs)`: what `f` gives for each run, in the order in which they end
     if backend not in ('loky', 'dask'):
@@ -309,9 +319,7 @@ def carry_out(
                 bar.update()
                 if progress: tqdm.write(f'{"failed" if why else "done"}: {run}', file=sys.stderr)
                 if why: failed[run.id] = why
-                if why and not (file := out/run.id/'failed.json').exists():              # its process was lost
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    _write_json(file, dict(run=run.id, config=run.config, why=why, traceback=''))
+                if why and not (out/run.id/'failed.json').exists(): _note_failed(run, out, why)   # its process was lost
     return failed
 
 def _named(run, **how):
@@ -338,7 +346,7 @@ def estimate_hours(
         total += seen*_SECONDS[run.task]*len(c.get('rates', [1]))*(2 if c.get('uncertainty') else 1)
     return total / 3600
 
-# %% ../nbs/620_runs.ipynb #5be8575c
+# %% ../nbs/620_runs.ipynb #707d0bd1
 def read_result(
     run:Run|str,  # or its id
     out:str|Path='runs',
@@ -385,7 +393,7 @@ def recipe_table(
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     numbers,rows = recipe_numbers(recipe, scale), []
-    keys,unit = ['dataset', 'setting', 'model', 'modality'], 100 if (numbers.paper == 'MTSSRL-MD').all() else 1   # in print
+    keys,unit = ['dataset', 'setting', 'model', 'modality'], UNITS[numbers.paper.iloc[0]]
     for row in table_rows(recipe, scale).itertuples():
         found = [f for r in row.runs if (f := read_result(r, out))]
         for n in numbers[(numbers[keys] == [getattr(row, k) for k in keys]).all(axis=1)].itertuples():
