@@ -402,7 +402,7 @@ def _probabilities(
             prob[some] = logits.float().softmax(-1).numpy()
     return prob
 
-# %% ../nbs/600_stager.ipynb #7df5e8e6
+# %% ../nbs/600_stager.ipynb #d2820d93
 NIGHT_HOURS,WAKE_MIN = 8, 30
 
 def _find_night(
@@ -414,7 +414,7 @@ def _find_night(
     few = _Prepared([prepared.x[k][::4] for k in use], prepared.median[use], prepared.scale[use], prepared.quality[::4, use])
     of = {m: [use.index(k) for k in own if k in use] for m,own in how['of'].items()}
     how = how | dict(names=[how['names'][k] for k in use], of=of, fuse=None)
-    asleep = 1 - np.nan_to_num(_probabilities(prepared=few, **how)[:, 0], nan=1.)
+    asleep = np.nan_to_num(_probabilities(prepared=few, **how)[:, Stage.N2:]).sum(1)
     n,margin = NIGHT_HOURS*3600 // EPOCH_SEC, WAKE_MIN*60 // EPOCH_SEC
     start = int(np.convolve(asleep, np.ones(n // 4), 'valid').argmax())
     likely = np.convolve(asleep, np.ones(5) / 5, 'same')[start:start + n//4] > .5  # over ten minutes

@@ -31,7 +31,7 @@ from sleepnb.data.psg import Night, read_night
 from sleepnb.data.splits import holdout_split
 from sleepnb.data.store import Cohort, EpochStore, prepare
 from sleepnb.learner import finetune_learner, mtssrl_learner, predict_stages, save_learner, supervised_learner
-from sleepnb.metrics import score_table
+from sleepnb.metrics import score_difference, score_table
 from sleepnb.models.network import Backbone, move_to
 from sleepnb.montage import parse_channel
 from sleepnb.synth import synth_night
@@ -113,26 +113,39 @@ def tokens(backbone, stores, rows, bs=500):
 def classifier(): return make_pipeline(StandardScaler(), LogisticRegression(max_iter=3000))
 
 def probe(work, arms):
-    "Trained on every third epoch of the training subjects of a cohort, tested on its test subjects; before pretraining and after."
-    file,found = work/'probe.csv', {}
-    if file.exists(): found = {(r['arm'], r['cohort'], r['weights']): r for r in pd.read_csv(file).to_dict('records')}
+    """Trained on every third epoch of the training subjects of a cohort, tested on its test subjects; before pretraining and after.
+    What is gained comes with an interval over the test subjects: of each cohort, and of all that the arm was pretrained on."""
+    asked = {}                                       # (random or arm, cohort) → the test epochs with what was said of them
     for c in COHORTS:
         stores = stores_of(work, c)
         parts = [rows_of(stores, holdout_split(stores.nights), p).iloc[::n] for p,n in (('train', 3), ('test', 1))]
         for arm in arms or ARMS:
             if c not in ARMS[arm][0] or not (work/f'pretrained {arm}.safetensors').exists(): continue
             trained = load_weights(work/f'pretrained {arm}.safetensors')[0].backbone
-            torch.manual_seed(0)
-            fresh = Backbone(**trained.config)
-            before = 'random' if len(fresh.alignment.cohorts) == 3 else f'random, as {arm}'    # other heads are drawn then
-            for key,backbone in (((before, c, 'random'), fresh), ((arm, c, 'pretrained'), trained)):
-                if key in found: continue
-                moved = move_to(backbone, {NAMES[c]: COHORTS[c][0]})
-                x,y = zip(*((tokens(moved, stores, p.index), p.stage) for p in parts))
-                pred = classifier().fit(x[0], y[0]).predict(x[1])
-                found[key] = dict(zip(('arm', 'cohort', 'weights'), key), kappa=cohen_kappa_score(y[1], pred), epochs=len(pred))
-                print(found[key], flush=True)
-                pd.DataFrame(found.values()).round(4).to_csv(file, index=False)
+            draws = {as_random(arm): 0} | ({f'random, draw {k}': k for k in range(1, 5)} if arm == 'all' else {})
+            backbones = {name: partial(drawn, trained.config, seed) for name,seed in draws.items()} | {arm: lambda: trained}
+            for name,backbone in backbones.items():
+                if (name, c) in asked: continue
+                moved = move_to(backbone(), {NAMES[c]: COHORTS[c][0]})
+                x = [tokens(moved, stores, p.index) for p in parts]
+                asked[name, c] = parts[1].assign(pred=classifier().fit(x[0], parts[0].stage).predict(x[1]))
+                print(name, c, cohen_kappa_score(parts[1].stage, asked[name, c].pred), flush=True)
+    found = []
+    for name in dict.fromkeys(name for name,_ in asked):
+        of = [c for c in COHORTS if (name, c) in asked]
+        for cohorts in dict.fromkeys([*of, ''.join(of)]):
+            epochs,before = (pd.concat([asked[n, c] for c in cohorts]) for n in (name, as_random(name) if name in ARMS else name))
+            row = dict(arm=name, cohort=cohorts, kappa=cohen_kappa_score(epochs.stage, epochs.pred), epochs=len(epochs))
+            apart = score_difference(epochs, before).loc['kappa'] if name in ARMS else dict.fromkeys(('value', 'low', 'high'))
+            found.append(row | dict(gain=apart['value'], low=apart['low'], high=apart['high']))
+    pd.DataFrame(found).round(4).to_csv(work/'probe.csv', index=False)
+
+def drawn(config, seed):
+    torch.manual_seed(seed)
+    return Backbone(**config)
+
+def as_random(arm): # other heads are drawn where other cohorts take part, or heads are shared
+    return 'random' if len(ARMS[arm][0]) == 3 and 'align' not in ARMS[arm][1] else f'random, as {arm}'
 
 def real_night(work):
     "The 22 hours of SC4001E0 as a store, and the rows from half an hour before sleep to half an hour after."
@@ -152,7 +165,7 @@ def within(x, y):
     return cohen_kappa_score(y, pred)
 
 REAL_ARMS = { # arguments of the learner, and seeds
-    'all': ({}, (0, 1)), 'all, dropout': (dict(backbone=dict(drop=.5)), (0,)), 'equal': (dict(weighting='equal'), (0,)),
+    'all': ({}, (0, 1)), 'all, dropout': (dict(backbone=dict(drop=.5)), (0,)), 'equal': (dict(weighting='equal'), (0, 1)),
     **{f'{t} only': (dict(tasks=(t,), weighting='equal'), (0,)) for t in TASKS}}
 
 def probe_real(work):
@@ -241,7 +254,7 @@ def tables(work):
         merged(scores, OUT/'mtssrl_scores.csv', [*keys, 'part'])
         merged([pd.concat(predictions).drop_duplicates([*keys, 'subject'])], OUT/'mtssrl_predictions.csv', [*keys, 'subject'])
     if logs := [pd.read_csv(f) for f in sorted(work.glob('pretrained *.csv'))]: merged(logs, OUT/'mtssrl_pretraining.csv', ['arm', 'pass', 'task'])
-    if (work/'probe.csv').exists(): merged([pd.read_csv(work/'probe.csv')], OUT/'mtssrl_probe.csv', ['arm', 'cohort', 'weights'])
+    if (work/'probe.csv').exists(): pd.read_csv(work/'probe.csv').to_csv(OUT/'mtssrl_probe.csv', index=False)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
