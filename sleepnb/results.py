@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'VERDICTS', 'describe_runs', 'results_table', 'Claim', 'results_claims', 'count_verdicts', 'show_claims',
            'plot_claims', 'plot_results', 'results_summary']
 
-# %% ../nbs/625_results.ipynb #0b56c009
+# %% ../nbs/625_results.ipynb #5124b17a
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from .core import SleepnbError
 from .recipes import METRICS, UNITS, check_recipe, read_settings, recipe_numbers, table_rows
 from .runs import compare_runs, recipe_status, recipe_table
 
@@ -54,13 +55,18 @@ def describe_runs(
     if len(absent := rows[~built].model.unique()): lines.append('not built: ' + ', '.join(absent))
     return '\n'.join(lines)
 
-# %% ../nbs/625_results.ipynb #93972400
+# %% ../nbs/625_results.ipynb #0413cbbc
 def _digits(paper): return 2 if UNITS[paper] == 100 else 3                       # percent, or fractions
 
 def _cell(row, digits):
     ours = '–' if np.isnan(row.ours) else f'{row.ours:.{digits}f}'
     spread = '' if np.isnan(row.sd) else f' ± {row.sd:.{digits}f}'
     return ours + spread + ('' if np.isnan(row.printed) else f' ({row.printed:.{digits}f})') # a figure has no numbers
+
+def _check_metrics(recipe, scale, metrics):
+    printed = [*dict.fromkeys(recipe_numbers(recipe, scale).metric)]
+    if lost := [m for m in metrics if m not in printed]:
+        raise SleepnbError('the table has no such metric', where=recipe, expected=', '.join(printed), found=', '.join(lost))
 
 def _differing(table): return [k for k in _WHERE if table[k].nunique() > 1]     # of `_WHERE`
 
@@ -72,7 +78,8 @@ def results_table(
 )->pd.DataFrame:                  # a row for each printed row, a column for each metric; cells are text
     """A table of a paper, with our numbers beside the printed ones.
 
-    Raises `SleepnbError` for a recipe or a scale that there is not."""
+    Raises `SleepnbError` for a recipe, a scale or a metric that there is not."""
+    _check_metrics(recipe, scale, metrics or [])
     table = _named(recipe_table(recipe, scale, out))
     digits = _digits(check_recipe(recipe, scale)[0])
     table['cell'] = [_cell(row, digits) for row in table.itertuples()]
@@ -122,7 +129,7 @@ CLAIMS = { # key of `RECIPES` → claim
     'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r',
                              _better('weights by exp(−r)', 'weights by −r'))}
 
-# %% ../nbs/625_results.ipynb #8a0960c4
+# %% ../nbs/625_results.ipynb #be0b7f64
 VERDICTS = ('holds', 'does not hold', 'undecided', 'not computed', 'not built')
 _MAIN = {'MTSSRL-MD': 'MF1', 'SleepSMC': 'Kappa'}                               # what claims are about, as printed
 
@@ -135,9 +142,10 @@ def results_claims(
                            # verdict: one of `VERDICTS`
     """The claims of a table, each tested wherever both systems are printed.
 
-    Raises `SleepnbError` for a recipe or a scale that there is not."""
+    Raises `SleepnbError` for a recipe, a scale or a metric that there is not."""
     paper = check_recipe(recipe, scale)[0]
     metric,unit = metric or _MAIN[paper], UNITS[paper]
+    _check_metrics(recipe, scale, [metric])
     rows,numbers = _named(table_rows(recipe, scale)), _named(recipe_numbers(recipe, scale).query('metric == @metric'))
     rows = rows.merge(numbers[[*_WHERE, 'system', 'mean']])
     tested = []
@@ -204,7 +212,7 @@ def plot_claims(
         ax.set_title(title, fontsize='medium')
     return axes
 
-# %% ../nbs/625_results.ipynb #860cd864
+# %% ../nbs/625_results.ipynb #7bd6952e
 def plot_results(
     recipe:str,            # a key of `RECIPES`
     scale:str='small',     # a key of `SCALES`
@@ -213,8 +221,9 @@ def plot_results(
 ):                         # axes, one for each dataset, share of labels and modality
     """Draws the scores of all systems: ours with the 95 % interval over people, and hollow what is printed, ± its SD.
 
-    Raises `SleepnbError` for a recipe or a scale that there is not."""
+    Raises `SleepnbError` for a recipe, a scale or a metric that there is not."""
     metric = metric or _MAIN[check_recipe(recipe, scale)[0]]
+    _check_metrics(recipe, scale, [metric])
     table = _named(recipe_table(recipe, scale, out)).query('metric == @metric')
     systems,differ = [*table.system.unique()][::-1], _differing(table)
     groups = [*table.groupby(differ, sort=False)] if differ else [((), table)]
