@@ -58,14 +58,16 @@ def read_synth(row, gaps):
     return Night([made.x[i] for i in kept], [100]*len(kept), [parse_channel(CHANNELS[i]) for i in kept], made.stages,
                  missing=lost)
 
-def stores_of(work, cohort):
+def stores_of(work, cohort, whole=False): # is nothing missing of anybody?
     if cohort == 'home':    # written as files and read back, with the envelope that Sleep-EDF has for the chin
         simulate('sleep-edf-20', work/'home files', subjects=20, nights=1, hours=8)
-        prepare(sleep_edf(work/'home files', '20', crop_wake_min=30), work/cohort, 'sleepsmc')
+        prepare(sleep_edf(work/'home files', '20', crop_wake_min=30), folder := work/cohort, 'sleepsmc')
     else:
+        folder = work/(f'{cohort}, whole' if whole else cohort)
         nights = pd.DataFrame(dict(subject=[f'{i:02}' for i in range(SUBJECTS)], night=1))
-        prepare(Cohort(f'{cohort}-simulated', nights, CHANNELS, partial(read_synth, gaps=cohort == 'gaps')), work/cohort, 'sleepsmc')
-    return Stores([EpochStore(work/cohort)], in_memory=True)
+        read = partial(read_synth, gaps=cohort == 'gaps' and not whole)
+        prepare(Cohort(f'{cohort}-simulated', nights, CHANNELS, read), folder, 'sleepsmc')
+    return Stores([EpochStore(folder)], in_memory=True)
 
 def split_of(stores, cohort, fold): return holdout_split(stores.nights) if cohort == 'home' else kfold_splits(stores.nights, FOLDS)[fold]
 
@@ -91,8 +93,10 @@ def train(work, arm, fold, seed):
     pd.concat(rows).round(5).to_csv(out, index=False)
 
 def staging(work, arm, fold=0, seed=0):
+    "All arms are asked about the same epochs: whoever lacked a modality in training, nobody does in the test."
     cohort = ARMS[arm][0]
-    return load_learner(work/f'trained {arm} {fold} {seed}.safetensors', loaders(stores_of(work, cohort), cohort, fold, seed))
+    stores = stores_of(work, cohort, whole=cohort == 'gaps')
+    return load_learner(work/f'trained {arm} {fold} {seed}.safetensors', loaders(stores, cohort, fold, seed))
 
 def subsets(work):
     rows = []
