@@ -7,11 +7,11 @@ __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WH
            'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'OWN_NAME', 'signal_quality', 'open_source', 'read_terms',
            'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #d08fc984
+# %% ../nbs/600_stager.ipynb #6c14e335
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from importlib import resources
 from pathlib import Path
@@ -33,8 +33,8 @@ from .hypnogram import sleep_statistics, smooth_stages, stage_annotations, stage
 from .metrics import agreement, check_stages, confusion
 from .models.cam import sensor_positions
 from .models.network import StageNetwork, move_to
-from .montage import POSITIONS, ResolvedMontage, parse_channel, resolve_montage
-from .multimodal.sleepsmc import SleepSMC
+from .montage import POSITIONS, Derivation, ResolvedMontage, parse_channel, resolve_montage
+from .multimodal.sleepsmc import SleepSMC, eye_signs
 from .weights import load_weights
 
 # %% ../nbs/600_stager.ipynb #98619f7d
@@ -66,6 +66,19 @@ def _by_place(
     if 'HEOG' not in [parse_channel(t).site for t in trained]: eyes.insert(0, eyes.pop(1))
     options = dict(EEG=[_nearest([c.site for c in made(*sites)])], EOG=eyes, EMG=[('Chin',)])
     return [c.name for m in modalities for c in next(filter(None, (made(*o) for o in options[m])), [])]
+
+# %% ../nbs/600_stager.ipynb #dfd42ac3
+def _join_eyes(
+    found:ResolvedMontage,
+)->ResolvedMontage:        # both eyes are one channel
+    eyes = {d.got.site: d for d in found.derivations if d.terms and d.got.site in ('E1', 'E2') and d.got.reference not in ('E1', 'E2')}
+    if len(eyes) < 2: return found
+    left,right = eyes['E1'], eyes['E2']
+    terms = Counter(left.terms)
+    terms.subtract(right.terms)
+    joined = Derivation(left.wanted, parse_channel('E1-E2'), {i: k for i,k in terms.items() if k},
+                        f'{left.got.name} − {right.got.name}')
+    return replace(found, derivations=[joined if d is left else d for d in found.derivations if d is not right])
 
 # %% ../nbs/600_stager.ipynb #8b949246
 def _as_trained(
@@ -315,7 +328,7 @@ def _prepare(
     _check_unit(spreads, recording)
     return _scaled(x, quality), notes
 
-# %% ../nbs/600_stager.ipynb #0cfad651
+# %% ../nbs/600_stager.ipynb #38f025de
 _HERE = 'recording' # the name of its montage
 
 def _fold(
@@ -331,6 +344,7 @@ def _fold(
     for m,channels in of.items():
         mix = torch.full((network.inputs[m].n_chans, len(channels) or 1), 1 / (len(channels) or 1))
         if channels and m == Modality.EEG: mix = network.alignment.cams[0].weights(sensor_positions(channels))
+        elif channels: mix = mix * torch.tensor(eye_signs(channels))
         for branch in ('small', 'large'):
             key = f'extractors.{m}.cnn.{branch}.stem.0.0.weight'
             state[key] = torch.einsum('ovk,vc->ock', state[key], mix)
@@ -513,7 +527,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #11bb9db1
+# %% ../nbs/600_stager.ipynb #c3168126
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -634,7 +648,9 @@ class Stager:
                 found=', '.join(filter(None, names)) or 'no channels',
                 remedy='If the recorder has names of its own, say what they are with aliases='
                 + ('; or ask for fewer modalities.' if modalities is not None and there else '.'))
-        return resolve_montage(names, wanted, aliases, where), cohort
+        found = resolve_montage(names, wanted, aliases, where)
+        joins = self.any_montage and 'HEOG' in [parse_channel(t).site for t in trained]
+        return _join_eyes(found) if joins else found, cohort
 
     def stage(self,
         recording:str|Path|Night,            # a file, an mne `Raw`, or a `Night`
