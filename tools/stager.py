@@ -43,7 +43,9 @@ COHORTS = { # channels and population; the first is written as files, with the c
     'mastoids': (('F3-M2', 'F4-M1', 'C3-M2', 'C4-M1', 'O1-M2', 'O2-M1', 'HEOG', 'Chin'), 'disordered'),
     'cap': (('F3', 'F4', 'C3', 'C4', 'O1', 'O2', 'Fpz', 'Fz', 'Cz', 'Pz', 'Oz', 'HEOG', 'Chin'), 'older'),
     'headband': (('AF7-Fpz', 'AF8-Fpz', 'E1-M2'), 'adult')}
-NEW = {'ears': (('T9-T10', 'HEOG', 'Chin'), 'adult'), 'bipolar': (('F4-C4', 'C4-O2', 'HEOG', 'Chin'), 'older')} # never trained on
+NEW = { # never trained on
+    'ears': (('T9-T10', 'HEOG', 'Chin'), 'adult'), 'bipolar': (('F4-C4', 'C4-O2', 'HEOG', 'Chin'), 'older'),
+    'two eyes': (('C3-M2', 'C4-M1', 'E1-M2', 'E2-M1', 'Chin'), 'disordered')}
 
 def read_synth(row, cohort):
     channels,population = (COHORTS | NEW)[cohort]
