@@ -15,9 +15,10 @@ from sleepnb.core import MontageError, SleepnbError
 from sleepnb.models.cam import sensor_positions
 from sleepnb.models.featurenet import FeatureClassifier, FeatureCNN, FeatureNet
 from sleepnb.models.layers import ConvBlock, count_macs, count_parameters
+from sleepnb.montage import parse_channel
 from sleepnb.multimodal.contrast import WEIGHT_MODES, supcon_loss
 from sleepnb.multimodal.reliability import hide_runs, in_mode, mask_starts, reliability, reliability_weights
-from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
+from sleepnb.multimodal.sleepsmc import ModalityInput, SleepSMC, SleepSMCLoss
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(1)
@@ -555,13 +556,26 @@ def test_sleepsmc_refuses():
     with pytest.raises(MontageError, match='EOG.*expected 2 in each; found 2 in lab, 2 in ward, 1 in home'): SleepSMC(MONTAGES | dict(home=[*MONTAGES['lab'][:6], 'E1-M2']))
     with pytest.raises(MontageError, match='no cohort has this modality'): SleepSMC(MONTAGES, ('EEG', 'ECG'))
     with pytest.raises(MontageError, match='cam'): SleepSMC(MONTAGES).for_montages(dict(home=['C3-M2']))
-    for kwargs in (dict(primary='ECG'), dict(modalities=('EEG', 'EEG')), dict(channel_mode='own')):
+    for kwargs in (dict(primary='ECG'), dict(modalities=('EEG', 'EEG')), dict(channel_mode='own'), dict(hide=.3)):
         with pytest.raises(SleepnbError): SleepSMC(MONTAGES, **kwargs)
     net = SleepSMC(MONTAGES).eval()
-    for using in ('EEG', (), ('ECG',)):
+    for using in ((), ('ECG',), 'ECG'):
         with pytest.raises(SleepnbError, match='no modalities of the network'): net.stage(batch_of(), using)
     with pytest.raises(SleepnbError, match='cannot fuse'): net.stage(batch_of(), fuse='head')
     with pytest.raises(SleepnbError, match='does not know this cohort'): net(batch_of(dict(home=[0])))
     with pytest.raises(SleepnbError, match='expected 6: F3-M2'): net(batch_of(n=dict(EEG=5, EOG=2, EMG=1)))
     for kwargs in (dict(weight_mode='none'), dict(score='none')):
         with pytest.raises(SleepnbError, match='no such mode'): SleepSMCLoss(net, **kwargs)
+    with pytest.raises(SleepnbError, match='no such argument.*scor'): SleepSMCLoss(net, scor='negative')
+    batch = batch_of()
+    assert_close(net.stage(batch, 'EEG'), net.stage(batch, ('EEG',)))
+
+@pytest.mark.parametrize('names,signs', [
+    (['E1-M2', 'E2-M1'], [1, -1]), (['LOC', 'ROC'], [1, -1]), (['HEOG'], [1]), (['E1-E2'], [1]), (['E2-M1'], [-1]), (['Chin'], [1])])
+def test_right_eyes_enter_a_mean_upside_down(names, signs):
+    modality = parse_channel(names[0]).modality
+    inputs,x = ModalityInput(modality, dict(here=names), 'cam'), torch.randn(2, len(names), 3000)
+    b,c = x.shape[:2]
+    part = dict(x=x, median=torch.zeros(b, c), scale=torch.ones(b, c), there=torch.ones(b, c, dtype=torch.bool))
+    made,_ = inputs(dict(here=part))
+    assert_close(made[:, 0], sum(s*x[:, i] for i,s in enumerate(signs)) / len(names))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CHANNEL_MODES', 'FUSIONS', 'has_signal', 'eye_signs', 'ModalityInput', 'SleepSMC', 'SleepSMCLoss']
 
-# %% ../../nbs/420_multimodal.sleepsmc.ipynb #6654773f
+# %% ../../nbs/420_multimodal.sleepsmc.ipynb #f2277b24
 from copy import deepcopy
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class ModalityInput(nn.Module):
         x,there = zip(*(self._of_cohort(k, p) for k,p in parts.items()))
         return torch.cat(x), torch.cat(there)
 
-# %% ../../nbs/420_multimodal.sleepsmc.ipynb #e82143c5
+# %% ../../nbs/420_multimodal.sleepsmc.ipynb #a7add08e
 FUSIONS = ('head', 'mean')
 
 class SleepSMC(nn.Module):
@@ -118,7 +119,10 @@ class SleepSMC(nn.Module):
         super().__init__()
         if primary not in (None, *modalities) or len({*modalities}) < len(modalities):
             raise SleepnbError('the primary is one of the modalities, each of which is named once',
-                               expected=', '.join(modalities), found=str(primary))
+                               expected=', '.join(modalities), found=str(primary), remedy='To stage with all of them, primary=None.')
+        if hide and primary:
+            raise SleepnbError('only a fused classifier can have modalities hidden from it', found=f'hide={hide}, primary={primary!r}',
+                               remedy='To stage with all of them, primary=None.')
         if channel_mode not in CHANNEL_MODES:
             raise SleepnbError('channel mode is unknown', expected=', '.join(CHANNEL_MODES), found=repr(channel_mode))
         self.modalities,self.primary,self.hide,self.using = tuple(modalities), primary, hide, None
@@ -189,14 +193,15 @@ class SleepSMC(nn.Module):
         if fuse not in (None, *known):
             raise SleepnbError('the network cannot fuse so', expected=' or '.join(known), found=repr(fuse))
         if using is None: using = self.modalities if self.primary is None else (self.primary,)
-        if isinstance(using, str) or not using or {*using} - {*self.modalities}:
+        if isinstance(using, str): using = (using,)
+        if not using or {*using} - {*self.modalities}:
             raise SleepnbError('these are no modalities of the network', expected=f'some of {", ".join(self.modalities)}',
                                found=repr(using))
         return using, fuse or known[0]
 
     def stage(self,
         inputs:tuple,                       # rows `(b,)`, and cohort → modality → what the batch says
-        using:tuple[str, ...]|None=None,    # modalities; by default the primary, or all
+        using:str|tuple[str, ...]|None=None,# modalities; by default the primary, or all
         fuse:str|None=None,                 # one of `FUSIONS`; by default `'head'` if there is a fused classifier
     )->torch.Tensor:                        # logits, `(b, 5)`; 0 where none of the modalities is there
         "Stages with some of the modalities; the others need not be in the batch."
@@ -235,7 +240,7 @@ class SleepSMC(nn.Module):
         made.inputs.load_state_dict(self.inputs.state_dict())
         return made.to(next(self.parameters())).train(self.training)
 
-# %% ../../nbs/420_multimodal.sleepsmc.ipynb #a35e3604
+# %% ../../nbs/420_multimodal.sleepsmc.ipynb #d692cee6
 def _mean_loss(
     logits:torch.Tensor, # `(b, 5)`
     y:torch.Tensor,      # `(b,)`
@@ -259,6 +264,8 @@ class SleepSMCLoss:
     ):
         for value,known in ((weight_mode, WEIGHT_MODES), (score, SCORES)):
             if value not in known: raise SleepnbError('the loss has no such mode', expected=', '.join(known), found=repr(value))
+        if lost := kwargs.keys() - signature(reliability).parameters:
+            raise SleepnbError('the loss has no such argument', found=', '.join(sorted(lost)))
         self.network,self.uncertainty,self.contrast = network, uncertainty, contrast
         self.weight_mode,self.score,self.temp = weight_mode, score, temp
         self.passes = dict(n_passes=n_passes, share=share) | kwargs
