@@ -7,12 +7,12 @@ __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WH
            'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'OWN_NAME', 'signal_quality', 'open_source', 'read_terms',
            'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #6c14e335
+# %% ../nbs/600_stager.ipynb #cb96cdad
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from importlib import resources
 from pathlib import Path
 
@@ -435,7 +435,22 @@ def _find_night(
     found = start + (np.flatnonzero(likely) if likely.any() else np.arange(n // 4))
     return slice(max(0, 4*int(found[0]) - margin), 4*int(found[-1]) + 4 + margin)
 
-# %% ../nbs/600_stager.ipynb #24836e81
+# %% ../nbs/600_stager.ipynb #5a712185
+_NO_DATE = date(1985, 1, 1) # what EDF writes where there is none
+
+def _least_inside(
+    hypnogram:Hypnogram,
+    start:datetime|None, # of the recording
+    otherwise:float,
+)->float:                # share of the hypnogram that must lie in the recording, as for `align`
+    "A recording that begins while it was scored, by the dates of both, may be a part of what was scored."
+    begun = hypnogram.start
+    if start is None or not isinstance(begun, datetime) or _NO_DATE in (start.date(), begun.date()): return otherwise
+    seconds = (start.replace(tzinfo=None) - begun.replace(tzinfo=None)).total_seconds()
+    ends = (hypnogram.onset + hypnogram.duration)[hypnogram.stage != UNSCORED]
+    return 0. if EPOCH_SEC <= seconds < ends.max(initial=0) else otherwise
+
+# %% ../nbs/600_stager.ipynb #f201b9ab
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -478,7 +493,8 @@ class Staging:
             raise HypnogramError('there is nothing to compare with', where=self.name, remedy='Give a hypnogram.')
         if isinstance(hypnogram, (str, Path)): hypnogram = read_hypnogram(hypnogram)
         if not isinstance(hypnogram, Hypnogram): return check_stages(hypnogram, 'hypnogram')
-        stages,first,_ = align(hypnogram, self.onset + len(self.stages)*self.epoch_sec, self.start, self.least_inside)
+        least = _least_inside(hypnogram, self.start, self.least_inside)
+        stages,first,_ = align(hypnogram, self.onset + len(self.stages)*self.epoch_sec, self.start, least)
         shift = (first - self.onset) / self.epoch_sec
         if abs(shift - round(shift)) > .02:
             raise HypnogramError('epochs of the hypnogram begin between epochs that were staged', where=hypnogram.where,
@@ -527,7 +543,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #c3168126
+# %% ../nbs/600_stager.ipynb #8035df80
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -540,7 +556,16 @@ def _scored(
         own = recording.stages if isinstance(recording, Night) else None
         onset = recording.onset if isinstance(recording, Night) else 0.
         return (own if own is not None and (own != UNSCORED).any() else None), onset, []
-    return stages_of(source, hypnogram)
+    if not isinstance(hypnogram, Hypnogram): hypnogram = read_hypnogram(hypnogram)
+    if (own := source.source.least_inside) and not (least := _least_inside(hypnogram, source.start, own)):
+        stages,first,notes = align(hypnogram, source.duration, source.start, least)
+        part = any('outside the recording' in n for n in notes)
+        return stages, first, [*hypnogram.notes, *['by their dates, the recording is a part of what was scored'] * part, *notes]
+    try: return stages_of(source, hypnogram)
+    except HypnogramError as error:
+        if 'does not belong' in error.what:
+            error.remedy += ' A recording that was cut out of what was scored has to say its own start, with the date.'
+        raise
 
 _COUNTED = [f'epochs_{q}' for q in QUALITIES]
 

@@ -12,10 +12,10 @@ from edfio import Edf, EdfSignal
 from scipy.signal import resample_poly
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
-from sleepnb.core import MontageError, RecordingError, SleepnbError, WeightsError
+from sleepnb.core import HypnogramError, MontageError, RecordingError, SleepnbError, WeightsError
 from sleepnb.data.preprocess import filter_resample, robust_stats, to_epochs
 from sleepnb.data.psg import Hypnogram, Night, align, read_hypnogram, read_night, sample_files
-from sleepnb.hypnogram import smooth_stages
+from sleepnb.hypnogram import smooth_stages, write_stages
 from sleepnb.models.network import Backbone, StageNetwork
 from sleepnb.montage import POSITIONS, parse_channel
 from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
@@ -300,6 +300,28 @@ def test_agreement_is_by_time(stager, x):
     found = stager.stage(night(x, start=start))
     scored = Hypnogram('scored', np.arange(10)*30., np.full(10, 30.), found.stages[5:15], datetime(2020, 1, 1, 22, 2, 30))
     assert found.agreement(scored)['accuracy'] == 1 and found.agreement(scored)['epochs'] == 10
+
+def test_a_recording_that_was_cut_out_of_what_was_scored(stager, x, tmp_path):
+    "Scored are three hours, in which the twenty minutes begin after one: by dates only, and not by a start that was kept."
+    around = np.concatenate([np.zeros(120), STAGES, np.zeros(200)]).astype(np.int8)
+    scored = Hypnogram('scored', 30.*np.arange(360), np.full(360, 30.), around, datetime(2020, 1, 1, 21))
+    path = write_stages(tmp_path/'scored.edf', around, start=scored.start)
+    def cut(start, dated=True):
+        edf = Edf([EdfSignal(o.astype(float), 200, label=n, physical_dimension='uV', physical_range=(-3000, 3000)) for o,n in zip(x, NAMES)],
+                  starttime=start.time())
+        if dated: edf.startdate = start.date()
+        edf.write(tmp_path/f'{start:%H%M}{dated}.edf')
+        return tmp_path/f'{start:%H%M}{dated}.edf'
+    right = datetime(2020, 1, 1, 22)
+    for given in (scored, path):
+        found = stager.stage(cut(right), hypnogram=given)
+        assert (found.reference == STAGES).all() and found.onset == 0
+        assert 'by their dates, the recording is a part of what was scored' in found.notes and '9600 s of the scoring lie outside the recording' in found.notes
+    assert found.agreement() == stager.stage(cut(right)).agreement(path) and found.agreement()['epochs'] == 40
+    for start,dated in ((datetime(2020, 1, 1, 21), True), (datetime(2020, 1, 2, 1), True), (datetime(2021, 1, 1, 22), True), (right, False)):
+        with pytest.raises(HypnogramError, match='does not belong.*has to say its own start, with the date'):
+            stager.stage(cut(start, dated), hypnogram=path)
+        with pytest.raises(HypnogramError, match='does not belong'): stager.stage(cut(start, dated)).agreement(path)
 
 def test_smoothing_is_off_and_named_when_on(stager, whole, x):
     smooth = stager.stage(night(x), smooth=True)
