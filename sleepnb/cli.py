@@ -6,13 +6,14 @@
 __all__ = ['app', 'train', 'main', 'demo', 'simulate', 'info', 'prepare', 'pretrain', 'finetune', 'supervised', 'sleepsmc',
            'featurenet', 'evaluate', 'stage', 'export', 'recipe', 'recipes']
 
-# %% ../nbs/640_cli.ipynb #4c035eab
+# %% ../nbs/640_cli.ipynb #62f86c80
 import json
 import math
 import os
 import re
 import sys
 import warnings
+from datetime import datetime, time, timedelta
 from enum import StrEnum
 from functools import wraps
 from inspect import signature
@@ -22,7 +23,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .core import HypnogramError, MontageError, SleepnbError, Stage, WeightsError, plural, unwritable
+from .core import HypnogramError, MontageError, RecordingError, SleepnbError, Stage, WeightsError, plural, unwritable
 
 # %% ../nbs/640_cli.ipynb #e29bd06b
 _plain = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -604,7 +605,7 @@ def _places(
                                remedy='Name another folder: --out DIR.')
     return made
 
-# %% ../nbs/640_cli.ipynb #0d38fcd2
+# %% ../nbs/640_cli.ipynb #512b9728
 def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is none
     from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram
     inside = describe(file)['hypnogram'] # refuses what is no recording
@@ -619,6 +620,34 @@ def _check_aliases(file, aliases): # of a file without such a channel they would
     if lost := [a for a in aliases or () if _clean(a).casefold() not in known]:
         raise MontageError('there is no channel of this name', where=file, found=', '.join(lost), expected=', '.join(names),
                            remedy='Correct the left side of --alias.')
+
+def _moment(text, option): # hours after the start of the recording, or a time of day
+    for form in ('%H:%M', '%H:%M:%S'):
+        try: return datetime.strptime(text, form).time()
+        except ValueError: pass
+    try: return float(text)
+    except ValueError: raise SleepnbError('this is no time', found=f'{option} {text}', expected='a time of day, such as 22:30, '
+                                          'or hours after the start of the recording, such as 1.5') from None
+
+def _part(file, start, stop): # from and to, as `Stager.stage` takes them; of moments or `None`
+    from sleepnb.data.psg import open_recording
+    if start is None and stop is None: return {}
+    recording = open_recording(file)
+    begin,end = recording.start, recording.duration
+    if time in (type(start), type(stop)) and begin in (None, datetime(1985, 1, 1)): # as EDF writes none
+        raise RecordingError('the file does not say when it starts', where=file, found='a time of day',
+                             remedy='Give hours after its start, such as --start 1.5.')
+    def seconds(when, after): # of a time of day, the first that comes
+        if not isinstance(when, time): return 3600*when
+        return after + ((datetime.combine(begin, when) - begin).total_seconds() - after) % 86400
+    tmin = 0. if start is None else seconds(start, 0.)
+    tmax = end if stop is None else seconds(stop, tmin)
+    if not 0 <= tmin < tmax <= end:
+        lasts = f'0 to {end/3600:.4g} hours' + (f' ({begin:%H:%M:%S} to {begin + timedelta(seconds=end):%H:%M:%S})' if begin else '')
+        given = [f'--{k} {v:{"%H:%M:%S" if isinstance(v, time) else "g"}}' for k,v in (('start', start), ('stop', stop)) if v is not None]
+        raise RecordingError('this is no part of the recording', where=file, found=' '.join(given),
+                             expected=f'a part of {lasts}, that ends after it begins')
+    return dict(tmin=tmin, tmax=tmax)
 
 def _staged(stager, file, given, reading, how): # the staging; the file of the hypnogram, or `None`
     _check_aliases(file, how['aliases'])
@@ -661,11 +690,12 @@ def _staging_as_text(staging, scored, paths):
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #8f00c0c2
+# %% ../nbs/640_cli.ipynb #3dbfbced
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
   sleepnb stage nights/*.edf --out staged --smooth
+  sleepnb stage day.edf --start 22:30 --stop 7:00
   sleepnb stage 1.rec --hypnogram 1_1.txt --vocabulary isruc
   sleepnb stage home.edf --channels C3-M2,E1-M2 --alias "Ch 1=C3-M2" --alias "Ch 2=E1-M2"''')
 def stage(
@@ -678,6 +708,9 @@ def stage(
         'there and that the weights can use.')]=None,
     channels:Annotated[str|None, typer.Option(metavar='NAMES', help='Only these, with commas: C3-M2,E1-M2.')]=None,
     alias:Annotated[list[str]|None, _alias]=None,
+    start:Annotated[str|None, typer.Option(metavar='TIME', help='Only a part of the recording, from here: a time of day (22:30), '
+        'or hours after the start of the recording (1.5).')]=None,
+    stop:Annotated[str|None, typer.Option(metavar='TIME', help='Only a part, to here.')]=None,
     smooth:Annotated[bool, typer.Option('--smooth', help='Take the likeliest path through the night.')]=False,
     unit:Annotated[str|None, typer.Option(metavar='UNIT', help='uV, mV or V, where the file is wrong about it.')]=None,
     vocabulary:Annotated[str|None, typer.Option(metavar='NAME', help='Of the hypnogram: whose numbers, if stages are numbers: '
@@ -704,12 +737,13 @@ def stage(
     if hypnogram and len(files) > 1:
         raise SleepnbError('one hypnogram belongs to one recording', where=hypnogram, found=plural(len(files), 'recording'))
     how = dict(modalities=_names(modalities), channels=_names(channels), smooth=smooth, aliases=_aliases(alias), unit=unit)
+    moments = [None if t is None else _moment(t, o) for t,o in ((start, '--start'), (stop, '--stop'))]
     places,stager,failed,some = _places(files, out.expanduser(), kind, report), Stager.load(weights), 0, False
     for i,(file,paths) in enumerate(places.items()):
         if len(files) > 1 and sys.stderr.isatty(): _say(f'{i + 1} of {len(files)}, {file}')
         written = []
         try:
-            staging,scored = _staged(stager, file, hypnogram, (vocabulary, column), how)
+            staging,scored = _staged(stager, file, hypnogram, (vocabulary, column), how | _part(file, *moments))
             written.append(staging.write(paths[0], force))
             if report: written.append(_write_report(staging, paths[1], file, how, force))
         except Exception as error:

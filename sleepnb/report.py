@@ -46,7 +46,7 @@ def _svg(
     svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r'(\.\d)\d+', r'\1', m[0]), svg)      # a tenth of a point is enough
     return f'<svg role="img" aria-label="{escape(label)}"' + svg
 
-# %% ../nbs/630_report.ipynb #0b9e66a2
+# %% ../nbs/630_report.ipynb #0ce79a3c
 def _spectrogram_of(
     staging:Staging,
     recording,                # as for `write_report`
@@ -57,7 +57,8 @@ def _spectrogram_of(
     names = [n for m in (Modality.EEG, Modality.EOG) for n in used.channel[used.modality == m]]
     if not names: return None
     (source,name),n = open_source(recording, unit), len(staging.stages)
-    held = int((source.duration - staging.onset + 1e-3) // staging.epoch_sec)
+    end = min(staging.part[1], source.duration) if staging.part else source.duration
+    held = int((end - staging.onset + 1e-3) // staging.epoch_sec)
     if (held, name, source.start) != (n, staging.name, staging.start):
         raise RecordingError('this is not the recording that was staged', where=source.where,
             expected=f'{plural(n, "epoch")} of {staging.name}, start {staging.start}',
@@ -176,13 +177,14 @@ dt { color: var(--soft) } dd { margin: 0 }
 '''
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-# %% ../nbs/630_report.ipynb #dbfa66f6
+# %% ../nbs/630_report.ipynb #d01078ad
 def _facts(staging:Staging)->str:
     n,used = len(staging.stages), staging.channels[staging.channels.used]
     hours,minutes = divmod(n * staging.epoch_sec / 60, 60)
     facts = {'Recording': staging.name, 'Start': staging.start and f'{staging.start:%Y-%m-%d %H:%M:%S}' or 'not known',
              'Staged': f'{plural(n, "epoch")} of {staging.epoch_sec:g} s, {hours:.0f} h {minutes:g} min'
-                       + (f', from {staging.onset:g} s after the start' if staging.onset else ''),
+                       + (f', from {staging.onset:g} s after the start' if staging.onset else '')
+                       + (f'; a part of the recording, {staging.span}' if staging.part else ''),
              'Channels': '; '.join(f'{m}: {", ".join(used.channel[used.modality == m])}' for m in staging.modalities),
              'Weights': staging.weights or 'not named',
              'Stages': 'the likeliest path through the night (smoothed)' if staging.smoothed else 'the likeliest of each epoch'}

@@ -450,7 +450,7 @@ def _least_inside(
     ends = (hypnogram.onset + hypnogram.duration)[hypnogram.stage != UNSCORED]
     return 0. if EPOCH_SEC <= seconds < ends.max(initial=0) else otherwise
 
-# %% ../nbs/600_stager.ipynb #f201b9ab
+# %% ../nbs/600_stager.ipynb #b20bd3b3
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -468,6 +468,14 @@ class Staging:
     notes:tuple=()           # what a reader should know
     epoch_sec:float=float(EPOCH_SEC)
     least_inside:float=.9    # share of a hypnogram that must lie in the recording
+    part:tuple|None=None     # of the recording, from and to in seconds, if not all of it was to be staged
+
+    @property
+    def span(self)->str:     # such as `22:30:00 to 07:00:00`, or `0 to 30600 s` where the recording has no start
+        "From when to when it was staged."
+        ends = self.onset, self.onset + len(self.stages)*self.epoch_sec
+        if self.start is None: return f'{ends[0]:g} to {ends[1]:g} s'
+        return ' to '.join(f'{self.start + timedelta(seconds=o):%H:%M:%S}' for o in ends)
 
     @property
     def statistics(self)->dict[str, float]:
@@ -477,10 +485,11 @@ class Staging:
 
     @property
     def statistics_note(self)->str:
-        "What to know of the statistics of a recording that is longer than a night; empty for a night."
+        "What to know of the statistics of a part, or of what is longer than a night; empty for a night."
         hours = len(self.stages) * self.epoch_sec / 3600
-        return '' if hours <= LONG_HOURS else (f'the statistics are of all {hours:.1f} h, not of a night: for those of a '
-                                               'night, cut the recording to it, or take sleep_statistics of its epochs')
+        if hours > LONG_HOURS: return (f'the statistics are of all {hours:.1f} h, not of a night: for those of a night, '
+                                       'stage it alone (tmin and tmax; in a shell, --start and --stop)')
+        return f'the statistics are of a part of the recording, {self.span}' if self.part else ''
 
     @property
     def table(self)->pd.DataFrame:
@@ -536,6 +545,7 @@ class Staging:
         n,used = len(self.stages), self.channels[self.channels.used]
         minutes = n * self.epoch_sec / 60
         lines = [f'{self.name}: {plural(n, "epoch")}, {minutes // 60:.0f} h {minutes % 60:g} min, staged by {self.weights}']
+        if self.part: lines.append(f'  a part of the recording, {self.span}')
         lines += [f'  {m}  {", ".join(used.channel[used.modality == m])}' for m in self.modalities]
         lines.append('  ' + ', '.join(f'{s.label} {(self.stages == s).sum() * self.epoch_sec/60:g} min' for s in Stage))
         bad = Counter(q for q in self.quality.tolist() if q != 'good')
@@ -543,7 +553,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #8035df80
+# %% ../nbs/600_stager.ipynb #3b63be93
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -566,6 +576,20 @@ def _scored(
         if 'does not belong' in error.what:
             error.remedy += ' A recording that was cut out of what was scored has to say its own start, with the date.'
         raise
+
+def _cut(
+    reference:np.ndarray|None, # stages from the first epoch of the recording on
+    onset:float,               # of that epoch, seconds
+    part:tuple[float, float],  # from and to, seconds
+    source:Recording,
+)->tuple[np.ndarray|None, float]: # the same from the first epoch of the part on
+    tmin,tmax = part
+    if not 0 <= tmin < tmax <= source.duration + 1e-3:
+        raise RecordingError('this is no part of the recording', where=source.where, found=f'{tmin:g} to {tmax:g} s',
+                             expected=f'one within 0 to {source.duration:g} s, that ends after it begins')
+    if reference is None: return None, max(onset, tmin)
+    skipped = max(0, int(np.ceil((tmin - onset)/EPOCH_SEC - 1e-6)))
+    return reference[skipped:], onset + skipped*EPOCH_SEC
 
 _COUNTED = [f'epochs_{q}' for q in QUALITIES]
 
@@ -686,6 +710,8 @@ class Stager:
         aliases:dict[str, str]|None=None,    # the recording's own names → what they are
         unit:str|None=None,                  # overrides the file's unit: `'uV'`, `'mV'` or `'V'`
         fuse:str|None=None,                  # how modalities are joined, as `SleepSMC.stage` takes it
+        tmin:float=0.,                       # only a part, as `Raw.crop` takes it: from, seconds after the recording's start
+        tmax:float|None=None,                # to; by default its end
     )->Staging:
         """Stages one recording.
 
@@ -695,12 +721,15 @@ class Stager:
         found,cohort = self.choose(names, modalities, aliases, channels, source.where)
         found = with_unusable(found, source)
         reference,onset,notes = _scored(recording, source, hypnogram)
-        notes = left + notes
-        n = int((source.duration - onset + 1e-3) // EPOCH_SEC)
+        notes,end = left + notes, source.duration if tmax is None else tmax
+        part = (tmin, end) if tmin or tmax is not None else None
+        if part: reference,onset = _cut(reference, onset, part, source)
+        n = int((end - onset + 1e-3) // EPOCH_SEC)
         if n < 1:
-            raise RecordingError('the recording is shorter than one epoch', where=source.where,
-                                 expected=f'{EPOCH_SEC} s or more', found=f'{source.duration:g} s')
-        if (rest := source.duration - onset - n*EPOCH_SEC) > .05: notes.append(f'the last {rest:.4g} s fill no epoch')
+            raise RecordingError(f'{"this part of " if part else ""}the recording is shorter than one epoch',
+                                 where=source.where, expected=f'{EPOCH_SEC} s or more', found=f'{end - tmin:g} s')
+        if (rest := end - onset - n*EPOCH_SEC) > .05: notes.append(f'the last {rest:.4g} s fill no epoch')
+        if part and reference is not None: reference = reference[:n]
         prepared,more = _prepare(source, found, self.recipe, (onset, n))
         if modalities is None and channels is None: notes += _unknown(found, self.modalities)
         notes += more + _useless(found, prepared.quality)
@@ -721,7 +750,8 @@ class Stager:
         used = tuple(m for m,k in of.items() if (prepared.quality[:, k] == 'good').any())
         return Staging(name, smooth_stages(prob) if smooth else likeliest, prob, np.array(QUALITIES)[codes.min(1)],
                        _table(found, codes, self.modalities), used, source.start, onset, smooth,
-                       self.name, reference, (*source.notes, *notes), least_inside=source.source.least_inside)
+                       self.name, reference, (*source.notes, *notes), part=part,
+                       least_inside=0. if part else source.source.least_inside)
 
     def stage_all(self,
         recordings:Iterable,        # as `stage` takes one

@@ -17,7 +17,7 @@ from sleepnb import cli
 from sleepnb.callbacks import TerminalProgress
 from sleepnb.core import HypnogramError, RecordingError, SleepnbError, Stage
 from sleepnb.data.loaders import labelled_loaders
-from sleepnb.data.psg import describe, find_hypnogram, read_night, sample_files
+from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram, read_night, sample_files
 from sleepnb.data.splits import Split
 from sleepnb.data.store import EpochStore
 from sleepnb.learner import load_learner, predict_stages, saved_split
@@ -621,6 +621,27 @@ def test_statistics_of_a_day_are_not_those_of_a_night(shelf, tmp_path):
         there = 'The statistics are of all 13.0 h, not of a night' in (tmp_path/f'{name}_report.html').read_text()
         assert done.returncode == 0 and (len(said), there) == ((1, True) if hours == 13 else (0, False))
     assert done.stdout.splitlines()[said[0] - 1].startswith('  TST ')
+
+def test_a_part_of_the_day(shelf, tmp_path):
+    "From 23:59:00 on: a part by the clock, the same in hours, and what is none."
+    write_edf(tmp_path/'day.edf', ['EEG C3-A2', 'EMG Chin'], 1200, white=False)
+    write_edf(tmp_path/'timeless.edf', ['EEG C3-A2', 'EMG Chin'], 1200, white=False)
+    with (tmp_path/'day.edf').open('r+b') as f:
+        f.seek(168)
+        f.write(b'01.02.2023.59.00')
+    for args,first,n in ((('--start', '0:03', '--stop', '00:10:30'), 240, 15), (('--start', '.1'), 360, 28), (('--stop', '0:09'), 0, 20)):
+        for kind,name in (('csv', 'day_stages.csv'), ('bids', 'day_desc-stages_events.tsv'), ('edf', 'day_stages.edf')):
+            done = stage(shelf, tmp_path/'day.edf', *args, '--out', tmp_path/'new', '--force', '--format', kind, '--report', '--json')
+            assert done.returncode == 0, done.stderr
+            h,found = read_hypnogram(tmp_path/'new'/name), json.loads(done.stdout)
+            assert (h.onset[0], h.onset[-1] + h.duration[-1]) == (first, first + 30*n) and len(found['stages']) == n
+            assert found['onset'] == first and found['notes'][-1].startswith('the statistics are of a part of the recording')
+        assert 'a part of the recording' in (tmp_path/'new'/'day_report.html').read_text()
+    for file,args,why in (('day', ('--start', '0:10', '--stop', '0:03'), 'this is no part'), ('day', ('--stop', '9'), 'found --stop 9)'),
+                          ('day', ('--start', '23:58'), '(23:59:00 to 00:19:00), that ends after it begins; found --start 23:58:00)'),
+                          ('day', ('--start', 'dusk'), 'this is no time'), ('timeless', ('--start', '0:10'), 'does not say when it starts')):
+        done = stage(shelf, tmp_path/f'{file}.edf', *args, '--out', tmp_path/'none')
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and why in done.stderr and not (tmp_path/'none').exists()
 
 def test_stages_are_told_when_their_report_fails(shelf, tmp_path, monkeypatch):
     def full(path, content, replace): raise SleepnbError('the file cannot be written', where=path, found='No space left on device')

@@ -323,6 +323,36 @@ def test_a_recording_that_was_cut_out_of_what_was_scored(stager, x, tmp_path):
             stager.stage(cut(start, dated), hypnogram=path)
         with pytest.raises(HypnogramError, match='does not belong'): stager.stage(cut(start, dated)).agreement(path)
 
+def test_a_part_is_staged_as_if_it_were_cut_out(stager, x, tmp_path):
+    "By path, Raw and Night; what is written counts from the start of the recording."
+    start = datetime(2020, 1, 1, 22)
+    made = Edf([EdfSignal(o.astype(float), 200, label=n, physical_dimension='uV', physical_range=(-3000, 3000)) for o,n in zip(x, NAMES)],
+               starttime=start.time())
+    made.startdate = start.date()
+    made.write(path := tmp_path/'long.edf')
+    scored = write_stages(tmp_path/'scored.csv', STAGES)
+    part,read = dict(tmin=305, tmax=900), read_night(path)
+    found = stager.stage(path, **part)
+    assert (found.start, found.onset, len(found.stages), found.span) == (start, 305, 19, '22:05:05 to 22:14:35')
+    assert 'the last 25 s fill no epoch' in found.notes
+    close(found, stager.stage(night(x[:, 305*200:900*200])), .02)
+    for other in (mne.io.read_raw_edf(path, verbose='error'), read): close(stager.stage(other, **part), found)
+    close(stager.stage(path, tmin=305), stager.stage(night(x[:, 305*200:])), .02)
+    for given in (path, read, mne.io.read_raw_edf(path, verbose='error')):
+        whole,some = stager.stage(given, hypnogram=scored), stager.stage(given, hypnogram=scored, **part)
+        assert some.onset == 330 and (some.reference == whole.reference[11:30]).all()      # on the epochs of the scorer
+        assert some.agreement(scored) == some.agreement() and some.agreement()['epochs'] == 19
+        assert write_report(some, tmp_path/'r.html', given)
+    for name in ('a.csv', 'a.tsv', 'a_events.tsv', 'a.edf'):
+        read_back = read_hypnogram(found.write(tmp_path/name))
+        assert read_back.onset[0] == 305 and read_back.onset[-1] + read_back.duration[-1] == 305 + 19*30
+    assert found.annotations().onset[0] == 305
+    assert found.statistics_note == 'the statistics are of a part of the recording, 22:05:05 to 22:14:35' and found.span in repr(found)
+    assert not stager.stage(path).statistics_note and stager.stage(path).part is None
+    for tmin,tmax in ((900, 305), (0, 1201), (-5, 300), (1300, None), (300, 300)):
+        with pytest.raises(RecordingError, match='this is no part of the recording'): stager.stage(path, tmin=tmin, tmax=tmax)
+    with pytest.raises(RecordingError, match='this part of the recording is shorter than one epoch'): stager.stage(path, tmin=300, tmax=329)
+
 def test_smoothing_is_off_and_named_when_on(stager, whole, x):
     smooth = stager.stage(night(x), smooth=True)
     assert not whole.smoothed and smooth.smoothed and 'smoothed' in repr(smooth) and 'smoothed' not in repr(whole)
