@@ -660,7 +660,7 @@ def _staged(stager, file, given, reading, how): # the staging; the file of the h
         _say(f'no agreement is computed. {_told(error)}')
     return stager.stage(file, **how), None
 
-# %% ../nbs/640_cli.ipynb #09df97dc
+# %% ../nbs/640_cli.ipynb #f2e3b9d6
 def _agreement(staging):
     "With the hypnogram, as JSON has it; `None` without epochs to compare."
     if staging.reference is None or not ((staging.reference >= 0) & (staging.stages >= 0)).any(): return None
@@ -673,7 +673,8 @@ def _staging_as_json(file, staging, scored, paths):
     return dict(file=str(file), stages=staging.table.stage.tolist(), channels_used=used.tolist(),
                 statistics={k: _number(v) for k,v in staging.statistics.items()}, agreement=_agreement(staging),
                 hypnogram=scored and str(scored), onset=staging.onset, weights=staging.weights,
-                notes=[*staging.notes, *filter(None, [staging.statistics_note])], written=[*map(str, paths)])
+                notes=[*staging.notes, *filter(None, [staging.statistics_note, staging.agreement_note])],
+                written=[*map(str, paths)])
 
 _KEY = dict(TST='min', SE='%', SOL='min', WASO='min', Lat_REM='min')
 
@@ -686,6 +687,7 @@ def _staging_as_text(staging, scored, paths):
     if found := _agreement(staging):
         scores = ', '.join(f'{_SCORES[k]} {_cells(dict(value=found[k], low=None, high=None))[0]}' for k in list(found)[:3])
         more.append(f'  agreement with {scored}: {scores}, over {plural(found["epochs"], "epoch")}')
+        more += [f'  note: {o}' for o in [staging.agreement_note] if o]
     lines = repr(staging).splitlines()
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])

@@ -450,7 +450,7 @@ def _least_inside(
     ends = (hypnogram.onset + hypnogram.duration)[hypnogram.stage != UNSCORED]
     return 0. if EPOCH_SEC <= seconds < ends.max(initial=0) else otherwise
 
-# %% ../nbs/600_stager.ipynb #b20bd3b3
+# %% ../nbs/600_stager.ipynb #73b2ff2d
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -519,6 +519,17 @@ class Staging:
         "Compares with a hypnogram, on epochs that both score."
         conf = confusion(self._on_my_epochs(hypnogram), self.stages)
         return {k: float(v) for k,v in agreement(conf).items()} | dict(epochs=int(conf.sum()))
+
+    @property
+    def agreement_note(self)->str:
+        "What to know of macro-F1: which stages no epoch has that both score; empty if there are all, or nothing to compare."
+        conf = confusion(self.reference, self.stages) if self.reference is not None else np.zeros((len(Stage), len(Stage)))
+        there = conf.sum(0) + conf.sum(1) > 0
+        if there.all() or not there.any(): return ''
+        scores = agreement(conf)
+        only = np.mean([scores[f'f1_{s.label}'] for s in Stage if there[s]])
+        absent = ' and '.join(s.label for s in Stage if not there[s])
+        return f'macro-F1 is over five stages; without {absent}, in neither hypnogram and counted as 0, it is {only:.3f}'
 
     def write(self,
         path:str|Path,     # ends in `.csv`, `.tsv`, `_events.tsv` (BIDS) or `.edf` (EDF+)

@@ -1,5 +1,6 @@
 """The command as a shell runs it."""
 import io, json, os, shutil, signal, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -608,7 +609,7 @@ def test_json_holds_what_the_text_says(shelf, tmp_path):
     assert (found['hypnogram'], found['onset'], found['weights']) == (str(tmp_path/'late.csv'), 5, 'toy.safetensors')
     assert found['written'] == [str(tmp_path/f'late_{o}') for o in ('stages.csv', 'report.html')]
     text = stage(shelf, tmp_path/'late.edf', '--out', tmp_path).stdout
-    assert found['notes'] and [line[8:] for line in text.splitlines() if line.startswith('  note: ')] == found['notes']
+    assert found['notes'] and sorted(line[8:] for line in text.splitlines() if line.startswith('  note: ')) == sorted(found['notes'])
     (tmp_path/'late.csv').unlink()
     found = json.loads(stage(shelf, tmp_path/'late.edf', '--out', tmp_path/'new', '--json').stdout)
     assert found['hypnogram'] is None and found['onset'] == 0
@@ -642,6 +643,20 @@ def test_a_part_of_the_day(shelf, tmp_path):
                           ('day', ('--start', 'dusk'), 'this is no time'), ('timeless', ('--start', '0:10'), 'does not say when it starts')):
         done = stage(shelf, tmp_path/f'{file}.edf', *args, '--out', tmp_path/'none')
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and why in done.stderr and not (tmp_path/'none').exists()
+
+def test_macro_f1_says_which_stages_are_in_neither_hypnogram(shelf, tmp_path, monkeypatch):
+    "Two stages, all of them right: κ is 1, and the mean of five F1 is 2/5."
+    whole = Stager.stage
+    def right(self, file, **how):
+        found = whole(self, file, **how)
+        return replace(found, stages=found.reference, prob=np.eye(5)[found.reference])
+    monkeypatch.setattr(Stager, 'stage', right)
+    done = stage(shelf, '@night.edf', '--hypnogram', '@scored.csv', '--out', tmp_path, '--report')
+    said = 'acro-F1 is over five stages; without N1 and N3 and R, in neither hypnogram and counted as 0, it is 1.000'
+    assert 'κ 1.000, macro-F1 0.400, accuracy 1.000, over 3 epochs\n' in done.stdout and said in done.stdout
+    assert said in (tmp_path/'night_report.html').read_text()
+    (tmp_path/'all.csv').write_text('onset,duration,stage\n0,30,W\n30,30,N2\n60,30,N3\n')
+    assert 'without N1 and R, in neither' in stage(shelf, '@night.edf', '--hypnogram', tmp_path/'all.csv', '--out', tmp_path, '--force').stdout
 
 def test_stages_are_told_when_their_report_fails(shelf, tmp_path, monkeypatch):
     def full(path, content, replace): raise SleepnbError('the file cannot be written', where=path, found='No space left on device')

@@ -94,6 +94,13 @@ def test_odd_nights(staging, tmp_path, change):
         assert ('No epoch has a stage here and one of the scorer.' in read.texts) == (reference < 0).all()
     for note in change.get('notes', ()): assert note in read.texts
 
+def test_macro_f1_over_stages_that_occur(staging, tmp_path):
+    "One stage wrong once, one stage in neither: F1 by hand."
+    reference = np.where(STAGES == 3, -1, STAGES).astype(np.int8)                # N3 of the network is compared with nothing
+    text = ' '.join(Reader(write_report(replace(staging, reference=reference), tmp_path/'a.html')).texts)
+    assert 'macro-F1 0.800' in text and 'Macro-F1 is over five stages; without N3, in neither hypnogram and counted as 0, it is 1.000.' in text
+    assert 'neither' not in write_report(replace(staging, reference=STAGES), tmp_path/'b.html').read_text()
+
 def test_one_epoch(staging, tmp_path):
     one = replace(staging, stages=STAGES[:1], prob=staging.prob[:1], quality=staging.quality[:1])
     assert '1 epoch of 30 s' in ' '.join(Reader(write_report(one, tmp_path/'a.html')).texts)
