@@ -252,7 +252,7 @@ def _page(title, parts):
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{html.escape(title)}</title>'
             f'<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n' + '\n'.join(parts) + '\n</body></html>\n')
 
-# %% ../nbs/635_demo.ipynb #43dd428d
+# %% ../nbs/635_demo.ipynb #21f46dec
 def _draw_montages():
     fig = Figure(figsize=(8.4, 3), layout='constrained')
     for ax,(cohort,(channels,_)) in zip(fig.subplots(1, len(MONTAGES)), MONTAGES.items()):
@@ -291,10 +291,11 @@ def _draw_nights(nights):
 
 def _draw_confusions(
     pairs:dict, # title → true stages, stages
+    true:str,   # whose the former are
 ):
     fig = Figure(figsize=(3.6*len(pairs), 4.1), layout='constrained')
-    for ax,(title,(true,pred)) in zip(np.ravel(fig.subplots(1, len(pairs))), pairs.items()):
-        plot_confusion(confusion(true, pred), ax)
+    for ax,(title,(was,pred)) in zip(np.ravel(fig.subplots(1, len(pairs))), pairs.items()):
+        plot_confusion(confusion(was, pred), ax, true)
         ax.set_title(title, fontsize='medium')
     return fig
 
@@ -325,7 +326,7 @@ def verdict(
     if high < 0: return 'The interval lies below zero: for these people, pretraining did harm.'
     return 'The interval has zero within it: these people do not decide whether pretraining helped.'
 
-# %% ../nbs/635_demo.ipynb #1c36308f
+# %% ../nbs/635_demo.ipynb #8862b12f
 def _intro(scale):
     return [_text('What sleepnb does, once and in small, on this machine. For research: sleepnb is not a medical device.'),
         _text('The nights of the cohorts S, I and A are simulated: nobody slept them. One night is real: recording SC4001E0 of',
@@ -360,7 +361,7 @@ def _on_people(tested, results):
         _score_table(results),
         _text(f'In macro-F1 the difference is {_cell(apart, "+")}. {verdict(apart.low, apart.high)}',
               'This says nothing of other seeds, longer trainings or real nights.'),
-        _picture(_draw_confusions({NETWORKS[k]: (t.stage, t.pred) for k,t in tested.items()}),
+        _picture(_draw_confusions({NETWORKS[k]: (t.stage, t.pred) for k,t in tested.items()}, 'true'),
                  'Epochs of the simulated test people: true stage, and what each network took it for.')]
 
 def _gained(
@@ -379,7 +380,7 @@ def _on_real_night(nights, results, about):
               'One night of one person says little about a network.'),
         _score_table(results), _text(_gained(results)),
         _picture(_draw_nights(nights), 'Stages over the night. Grey: the scorer. Black, below: epochs in which both differ.'),
-        _picture(_draw_confusions({NETWORKS[k]: (n.reference, n.stages) for k,n in nights.items()}),
+        _picture(_draw_confusions({NETWORKS[k]: (n.reference, n.stages) for k,n in nights.items()}, 'scorer'),
                  'Epochs of the real night: stage of the scorer, and what each network took it for.')]
 
 _LEFT = [['weights.safetensors', 'the fine-tuned network; sleepnb stages with it'],

@@ -139,19 +139,20 @@ def _channels(staging:Staging)->str:
     return (f'<p>{text} A channel counts only in epochs in which it is good.</p>'
             + html_table(['used', 'measures', 'from', 'epochs'], rows) + left * bool(len(rest)))
 
-# %% ../nbs/630_report.ipynb #cc43364f
+# %% ../nbs/630_report.ipynb #57ace53c
 def _agreement(staging:Staging)->str:
     conf = confusion(staging.reference, staging.stages)
     if not conf.sum(): return '<p>No epoch has a stage here and one of the scorer.</p>'
     scores = agreement(conf)
     names = dict(kappa='κ', macro_f1='macro-F1', accuracy='accuracy')
     text = ', '.join(f'{name} {_fixed(scores[k], 3)}' for k,name in names.items())
+    file = escape(f' ({staging.scorer})' if staging.scorer else '')
     rows = [(s.label, _fixed(scores[f'f1_{s.label}'], 3), conf[s].sum(), conf[:, s].sum()) for s in Stage]
-    picture = _svg(lambda fig: plot_confusion(conf, fig.subplots()), (4, 3.6), 10, 'Confusion matrix')
+    picture = _svg(lambda fig: plot_confusion(conf, fig.subplots(), 'scorer', 'here'), (4, 3.6), 10, 'Confusion matrix')
     table = html_table(['stage', 'F1', 'epochs of the scorer', 'epochs here'], rows, 'numbers')
-    caption = 'Epochs, and their share of the scorer’s stage (true).'
+    caption = 'Epochs, and their share of the scorer’s stage.'
     note = staging.agreement_note
-    return (f'<p>{text}, over {plural(conf.sum(), "epoch")}.{note and f" {note[:1].upper()}{note[1:]}."}</p>{table}'
+    return (f'<p>{text}, over {plural(conf.sum(), "epoch")} of the scorer{file}.{note and f" {note[:1].upper()}{note[1:]}."}</p>{table}'
             f'<figure class="small">{picture}<figcaption>{caption}</figcaption></figure>')
 
 # %% ../nbs/630_report.ipynb #0a1f50ca
@@ -178,7 +179,7 @@ dt { color: var(--soft) } dd { margin: 0 }
 '''
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-# %% ../nbs/630_report.ipynb #d01078ad
+# %% ../nbs/630_report.ipynb #c11fb39e
 def _facts(staging:Staging)->str:
     n,used = len(staging.stages), staging.channels[staging.channels.used]
     hours,minutes = divmod(n * staging.epoch_sec / 60, 60)
@@ -187,7 +188,7 @@ def _facts(staging:Staging)->str:
                        + (f', from {staging.onset:g} s after the start' if staging.onset else '')
                        + (f'; a part of the recording, {staging.span}' if staging.part else ''),
              'Channels': '; '.join(f'{m}: {", ".join(used.channel[used.modality == m])}' for m in staging.modalities),
-             'Weights': staging.weights or 'not named',
+             **({'Scorer': staging.scorer} if staging.scorer else {}), 'Weights': staging.weights or 'not named',
              'Stages': 'the likeliest path through the night (smoothed)' if staging.smoothed else 'the likeliest of each epoch'}
     return '<dl>' + ''.join(f'<dt>{k}</dt><dd>{escape(str(v))}</dd>' for k,v in facts.items()) + '</dl>'
 

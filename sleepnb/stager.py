@@ -450,7 +450,7 @@ def _least_inside(
     ends = (hypnogram.onset + hypnogram.duration)[hypnogram.stage != UNSCORED]
     return 0. if EPOCH_SEC <= seconds < ends.max(initial=0) else otherwise
 
-# %% ../nbs/600_stager.ipynb #73b2ff2d
+# %% ../nbs/600_stager.ipynb #e12e8691
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -468,6 +468,7 @@ class Staging:
     notes:tuple=()           # what a reader should know
     epoch_sec:float=float(EPOCH_SEC)
     least_inside:float=.9    # share of a hypnogram that must lie in the recording
+    scorer:str=''            # name of the file of the hypnogram that was given
     part:tuple|None=None     # of the recording, from and to in seconds, if not all of it was to be staged
 
     @property
@@ -543,7 +544,7 @@ class Staging:
         return stage_annotations(self.stages, self.start, self.epoch_sec, self.onset)
 
     def plot(self): # matplotlib figure
-        "Draws the hypnogram, with the reference if one was given, over the probabilities."
+        "Draws the hypnogram, with that of the scorer if one was given, over the probabilities."
         import matplotlib.pyplot as plt # here, because staging needs neither
         from sleepnb.plots import plot_hypnodensity, plot_hypnogram
         fig,axes = plt.subplots(2, 1, figsize=(9, 4.4), sharex=True, layout='constrained')
@@ -564,7 +565,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #3b63be93
+# %% ../nbs/600_stager.ipynb #3f839ff4
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -587,6 +588,8 @@ def _scored(
         if 'does not belong' in error.what:
             error.remedy += ' A recording that was cut out of what was scored has to say its own start, with the date.'
         raise
+
+def _name_of(hypnogram): return '' if hypnogram is None else Path(getattr(hypnogram, 'where', hypnogram)).name
 
 def _cut(
     reference:np.ndarray|None, # stages from the first epoch of the recording on
@@ -761,7 +764,7 @@ class Stager:
         used = tuple(m for m,k in of.items() if (prepared.quality[:, k] == 'good').any())
         return Staging(name, smooth_stages(prob) if smooth else likeliest, prob, np.array(QUALITIES)[codes.min(1)],
                        _table(found, codes, self.modalities), used, source.start, onset, smooth,
-                       self.name, reference, (*source.notes, *notes), part=part,
+                       self.name, reference, (*source.notes, *notes), part=part, scorer=_name_of(hypnogram),
                        least_inside=0. if part else source.source.least_inside)
 
     def stage_all(self,

@@ -317,6 +317,7 @@ def test_a_recording_that_was_cut_out_of_what_was_scored(stager, x, tmp_path):
         found = stager.stage(cut(right), hypnogram=given)
         assert (found.reference == STAGES).all() and found.onset == 0
         assert 'by their dates, the recording is a part of what was scored' in found.notes and '9600 s of the scoring lie outside the recording' in found.notes
+    assert found.scorer == 'scored.edf' and not stager.stage(cut(right)).scorer
     assert found.agreement() == stager.stage(cut(right)).agreement(path) and found.agreement()['epochs'] == 40
     for start,dated in ((datetime(2020, 1, 1, 21), True), (datetime(2020, 1, 2, 1), True), (datetime(2021, 1, 1, 22), True), (right, False)):
         with pytest.raises(HypnogramError, match='does not belong.*has to say its own start, with the date'):
