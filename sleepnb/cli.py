@@ -605,7 +605,7 @@ def _places(
                                remedy='Name another folder: --out DIR.')
     return made
 
-# %% ../nbs/640_cli.ipynb #512b9728
+# %% ../nbs/640_cli.ipynb #203c2de3
 def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is none
     from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram
     inside = describe(file)['hypnogram'] # refuses what is no recording
@@ -614,11 +614,11 @@ def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is n
 
 def _check_aliases(file, aliases): # of a file without such a channel they would do nothing
     from sleepnb.data.psg import describe
-    from sleepnb.montage import _clean
+    from sleepnb.montage import _clean, _some
     names = [c['recorded'] for c in describe(file)['channels']] if aliases else []
     known = {_clean(n).casefold() for n in names}
     if lost := [a for a in aliases or () if _clean(a).casefold() not in known]:
-        raise MontageError('there is no channel of this name', where=file, found=', '.join(lost), expected=', '.join(names),
+        raise MontageError('there is no channel of this name', where=file, found=', '.join(lost), expected=_some(names),
                            remedy='Correct the left side of --alias.')
 
 def _moment(text, option): # hours after the start of the recording, or a time of day

@@ -7,7 +7,7 @@ __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WH
            'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'OWN_NAME', 'signal_quality', 'open_source', 'read_terms',
            'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #cb96cdad
+# %% ../nbs/600_stager.ipynb #87e455d9
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ from .hypnogram import sleep_statistics, smooth_stages, stage_annotations, stage
 from .metrics import agreement, check_stages, confusion
 from .models.cam import sensor_positions
 from .models.network import StageNetwork, move_to
-from .montage import POSITIONS, Derivation, ResolvedMontage, parse_channel, resolve_montage
+from .montage import POSITIONS, Derivation, ResolvedMontage, _some, parse_channel, resolve_montage
 from .multimodal.sleepsmc import SleepSMC, eye_signs
 from .weights import load_weights
 
@@ -80,7 +80,10 @@ def _join_eyes(
                         f'{left.got.name} − {right.got.name}')
     return replace(found, derivations=[joined if d is left else d for d in found.derivations if d is not right])
 
-# %% ../nbs/600_stager.ipynb #8b949246
+# %% ../nbs/600_stager.ipynb #5445db59
+def _in_words(montages:dict[str, list[str]])->str: # cohort → channels; of many, the first
+    return ' or '.join(_some(c) for c in montages.values())
+
 def _as_trained(
     names:list[str],              # as recorded
     montages:dict[str, list[str]],# cohort → channels that the network was trained on
@@ -98,10 +101,9 @@ def _as_trained(
         if len(whole) > len(best[1]): best = cohort, whole
     if not best[1]:
         raise MontageError('the recording lacks channels that the network was trained on', where=where,
-                           found=', '.join(filter(None, names)),
-                           expected=' or '.join(', '.join(c) for c in montages.values()),
-                           remedy="If the recorder has names of its own, say what they are with aliases=; or take weights "
-                           "that were trained with channel_mode='cam'.")
+                           found=_some([*filter(None, names)]), expected=_in_words(montages),
+                           remedy='If the recorder has names of its own, say what they are with aliases=; or take weights for '
+                           'any montage, such as those that come with sleepnb.')
     return best
 
 # %% ../nbs/600_stager.ipynb #b395963d
@@ -565,7 +567,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #3f839ff4
+# %% ../nbs/600_stager.ipynb #811ab01b
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -686,7 +688,7 @@ class Stager:
     def _named(self, names, channels, may, aliases, where): # those that were asked for
         if not self.any_montage:
             raise SleepnbError('the channels of this network cannot be chosen', found=', '.join(channels),
-                               expected=' or '.join(', '.join(v) for v in self.montages.values()))
+                               expected=_in_words(self.montages), remedy='Leave channels= out.')
         found = resolve_montage(names, channels, aliases, where).derivations
         if lost := [f'{d.wanted.name}: {d.details}' for d in found if not d.terms]:
             raise MontageError('channels that were asked for are not there', where=where, found='; '.join(lost))
@@ -708,7 +710,7 @@ class Stager:
         there = {parse_channel(w).modality.value for w in wanted}
         if lost := [m for m in may if m not in there and (modalities is not None or not wanted)]:
             raise MontageError(f'there is no channel of {" or ".join(lost)} that can be used', where=where,
-                found=', '.join(filter(None, names)) or 'no channels',
+                found=_some([*filter(None, names)]) or 'no channels',
                 remedy='If the recorder has names of its own, say what they are with aliases='
                 + ('; or ask for fewer modalities.' if modalities is not None and there else '.'))
         found = resolve_montage(names, wanted, aliases, where)

@@ -673,6 +673,28 @@ def test_one_is_no_plural(shelf, tmp_path):
         assert '1 epoch' in (said := call(*args).stdout) and '1 epochs' not in said
     assert '1 epochs' not in (tmp_path/'one_report.html').read_text()
 
+def test_of_many_channels_the_first_are_named(shelf, tmp_path):
+    "A cap, a network of one, and weights of two montages."
+    cap = 'Fp1 Fpz Fp2 AF3 F7 F5 F3 F1 Fz F2 F4 F6 F8 FC3 FCz FC4 C3 C1 Cz C2 C4 CP3 CPz CP4 P3 Pz P4 PO3 O1 Oz O2'.split()
+    x = np.random.default_rng(0).normal(0, 20, 9500).clip(-99, 99)
+    Edf([EdfSignal(x, 100, label=n, physical_dimension='uV', physical_range=(-100, 100)) for n in cap]).write(tmp_path/'cap.edf')
+    save_weights(tmp_path/'cap.safetensors', StageNetwork(Backbone({'cap': cap, 'a': ['C3-M2']})))
+    few = 'Fp1, Fpz, Fp2, AF3, F7, F5, F3, F1, Fz, F2, F4, F6 and 19 more'
+    for args,why in ((('@night.edf', '--weights', tmp_path/'cap.safetensors', '--modalities', 'EEG', '--channels', 'C3'), f'(expected {few} or C3-M2'),
+                     ((tmp_path/'cap.edf', '--modalities', 'EMG'), f'that can be used (found {few})'),
+                     ((tmp_path/'cap.edf', '--alias', 'X=C3'), f'(expected {few}; found X)')):
+        args = args if '--weights' in args else (*args, '--weights', shelf/'toy.safetensors')
+        done = call('stage', *(str(a).replace('@', f'{shelf}/') for a in args), '--out', tmp_path/'new')
+        assert done.returncode == 2 and why in done.stderr, done.stderr
+    done = call('stage', shelf/'eyes.edf', '--weights', tmp_path/'cap.safetensors', '--out', tmp_path/'new')
+    assert f'(expected {few} or C3-M2; found EOG Left, EOG Right)' in done.stderr
+    done = call('stage', tmp_path/'cap.edf', '--weights', shelf/'fixed.safetensors', '--out', tmp_path/'new')
+    assert f'(expected C3-M2; found {few})' in done.stderr
+    done = call('export', tmp_path/'cap.safetensors', '--onnx', tmp_path/'x.onnx')
+    assert f'(found cap: {few}; a: C3-M2). Name channels that it is for, with --channels.' in done.stderr
+    done = call('export', tmp_path/'cap.safetensors', '--onnx', tmp_path/'x.onnx', '--channels', 'O1')
+    assert f'(expected {few} or C3-M2; found O1). Name others, with --channels.' in done.stderr and '--alias' not in done.stderr
+
 def test_stage_with_names_and_choices_of_ones_own(shelf, tmp_path):
     done = stage(shelf, '@lab.edf', '--alias', 'one=C3-M2', '--alias', 'two=E1-M2', '--out', tmp_path, '--report', '--smooth', '--json')
     assert json.loads(done.stdout)['channels_used'] == ['C3-M2', 'E1-M2'] and 'smoothed' in (tmp_path/'lab_report.html').read_text()
@@ -812,7 +834,7 @@ def test_an_exported_network_gives_the_probabilities_that_are_evaluated(isruc, t
 
 def test_export_takes_the_weights_that_come_along(tmp_path):
     done = call('export', '--onnx', tmp_path/'own.onnx')
-    assert done.returncode == 2 and 'Name the channels.' in done.stderr and 'there is no such file' not in done.stderr
+    assert done.returncode == 2 and 'with --channels.' in done.stderr and 'there is no such file' not in done.stderr
     done = call('export', '--onnx', tmp_path/'own.onnx', '--channels', 'C3-M2')
     held = onnxruntime.InferenceSession(tmp_path/'own.onnx').get_modelmeta().custom_metadata_map
     assert done.returncode == 0 and held['weights'].startswith('the weights that come with sleepnb') and json.loads(held['channels']) == ['C3-M2']
@@ -912,7 +934,7 @@ WRONG = { # why → command; @ is the folder of the files
     'a file such as stager.onnx': ['export', '@made/tuned.safetensors', '--onnx', '@x.safetensors'],
     'weights.safetensors: there is no such file': ['export', '@weights.safetensors', *ONNX],
     'this network does not stage': ['export', '@made/pretrained.safetensors', *ONNX],
-    'channels that the network was trained on': ['export', '@made/tuned.safetensors', *ONNX, '--channels', 'Fpz-Cz'],
+    'these lack channels that the network was trained on': ['export', '@made/tuned.safetensors', *ONNX, '--channels', 'Fpz-Cz'],
     'does not stage with these modalities': ['export', '@made/tuned.safetensors', *ONNX, '--modalities', 'EOG'],
     'no split is noted': ['evaluate', ISRUC, '--weights', '@bare.safetensors']}
 
