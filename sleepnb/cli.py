@@ -84,11 +84,24 @@ def main():
     if code == 130: _say('interrupted.' + ' The same command, given again, goes on.'*goes_on)
     sys.exit(code or 0)
 
-# %% ../nbs/640_cli.ipynb #975c2267
+# %% ../nbs/640_cli.ipynb #9b00ae87
+_ONSETS = 'Write their onsets in seconds from the start of the recording'
 _ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column',
-                  wanted='channels', ending='ending', subject='subject', channel_mode='channel-mode')
+                  wanted='channels', tmin='start', tmax='stop', ending='ending', subject='subject', channel_mode='channel-mode')
+
+_IN_SHELL = { # what a message says in Python → in a shell
+    'it comes second: read_night(recording, hypnogram)': 'name its recording: a hypnogram beside that is found by its name, and '
+                                                         'sleepnb stage takes any with --hypnogram',
+    'Give the stages a start with its date: replace(read_hypnogram(…), start=…)': _ONSETS,
+    'Give the stages a start: replace(read_hypnogram(…), start=…)': _ONSETS,
+    'Correct raw.info["bads"], or the types by raw.set_channel_types; or ask': 'Ask',
+    'fraction is a share of the labels': '--labels is a share of the labels'}
+_TRAININGS = dict(hypers='learning rate', order='seed', origin='pretrained weights', mix='cohorts', callbacks='settings')
 
 def _as_options(text:str)->str:
+    for python,shell in _IN_SHELL.items(): text = text.replace(python, shell)
+    text = re.sub(r'say so by raw\.set_channel_types\(.*?\); or give unit=', 'say unit="V"', text)
+    text = re.sub('(?<=another training: other ).*', lambda m: ', '.join(dict.fromkeys(_TRAININGS.get(k, k) for k in m[0].split(', '))), text)
     text = re.sub(r'aliases=\{"(.*?)": "(.*?)"\}', r'--alias "\1=\2"', text)
     text = text.replace('another place, or replace it: replace=True', 'another folder: --out DIR, or replace it: --force')
     text = re.sub(r'wanted=\["(.*?)", "(.*?)"\]', r'--channels \1,\2', text)
@@ -98,6 +111,9 @@ def _as_options(text:str)->str:
 def _in_shell(error:Exception)->Exception:
     "The same, with options instead of arguments."
     if isinstance(error, SleepnbError):
+        if error.what == 'the checkpoint is of another training':
+            differ = [o.partition(' ')[0] for o in error.expected.split('; ')]
+            error.expected,error.found = None, f'another training: other {", ".join(differ)}'
         for k in ('what', 'expected', 'found', 'remedy'): setattr(error, k, (v := getattr(error, k)) and _as_options(v))
     return error
 

@@ -372,6 +372,8 @@ def test_a_training_that_was_cut_off_before_its_weights_were_written_goes_on(cas
     with monkeypatch.context() as patch:
         patch.setattr('sleepnb.learner.save_learner', press_ctrl_c)
         assert call(*command).returncode == 130 and [p.name for p in tmp_path.iterdir()] == ['x.checkpoint.safetensors']
+    done = call(*command, '--lr', 1e-4)
+    assert 'the checkpoint is of another training (found another training: other learning rate' in done.stderr and 'hypers' not in done.stderr
     done = call(*command)
     assert done.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ['x.safetensors'], done.stderr
 
@@ -753,6 +755,7 @@ STAGE_WRONG = { # why → what follows `sleepnb stage`; --weights are added
     'none.edf: there is no such file': ['@none.edf', *NEW],
     'this is a folder, not a file': ['@', *NEW],
     'text.edf: the file cannot be read': ['@text.edf', *NEW],
+    'If this is the hypnogram, name its recording': ['@numbers.txt', *NEW],
     'empty.edf: ': ['@empty.edf', *NEW],
     'cut.edf: the file is shorter than its header says': ['@cut.edf', *NEW],
     'this file holds no signals': [str(sample_files()[1]), *NEW],
@@ -911,7 +914,7 @@ WRONG = { # why → command; @ is the folder of the files
     'cut.safetensors: the file is damaged': ['finetune', ISRUC, '--weights', '@cut.safetensors', *OUT],
     '--heads-of isruc-s3-simulated': ['finetune', SLEEP, *FROM, *OUT],
     'found mass': ['finetune', SLEEP, *FROM, *OUT, '--heads-of', 'mass'],
-    '5 % is 0.05': ['finetune', ISRUC, *FROM, *OUT, '--labels', '5'],
+    '--labels is a share of the labels (expected more than 0, at most 1; found 5.0). 5 % is 0.05.': ['finetune', ISRUC, *FROM, *OUT, '--labels', '5'],
     'the model has already seen 3 of 3 test subjects': ['finetune', ISRUC, *FROM, *OUT, '--split', '@other.json'],
     'there are other weights already': ['finetune', ISRUC, *FROM, '--out', FROM[1]],
     "No such command 'dreams'": ['train', 'dreams', ISRUC, *OUT],
@@ -927,6 +930,7 @@ WRONG = { # why → command; @ is the folder of the files
     "Invalid value for '--hide'": ['train', 'sleepsmc', ISRUC, *OUT, '--primary', 'all', '--hide', '1'],
     "Missing argument 'STORE...'": ['train', 'featurenet', *OUT],
     'another training: other passes': ['train', 'featurenet', SLEEP, '--modalities', 'EEG', '--out', '@made/quick.safetensors', '--passes', '3'],
+    'another training: other learning rate': ['train', 'featurenet', SLEEP, '--modalities', 'EEG', '--out', '@made/quick.safetensors', '--passes', '1', '--lr', '.5'],
     'no backbone to fine-tune': ['finetune', ISRUC, '--weights', '@made/all.safetensors', *OUT],
     'filtered differently from those that the weights know': ['evaluate', '@renamed', '--weights', '@made/quick.safetensors'],
     'no modalities to choose from': ['evaluate', ISRUC, '--weights', '@made/tuned.safetensors', '--subsets'],
