@@ -84,7 +84,7 @@ def main():
     if code == 130: _say('interrupted.' + ' The same command, given again, goes on.'*goes_on)
     sys.exit(code or 0)
 
-# %% ../nbs/640_cli.ipynb #9b00ae87
+# %% ../nbs/640_cli.ipynb #5574b40a
 _ONSETS = 'Write their onsets in seconds from the start of the recording'
 _ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column',
                   wanted='channels', tmin='start', tmax='stop', ending='ending', subject='subject', channel_mode='channel-mode')
@@ -116,6 +116,11 @@ def _in_shell(error:Exception)->Exception:
             error.expected,error.found = None, f'another training: other {", ".join(differ)}'
         for k in ('what', 'expected', 'found', 'remedy'): setattr(error, k, (v := getattr(error, k)) and _as_options(v))
     return error
+
+def _checked_jobs(n:int)->int:
+    if n < 1 and n != -1:
+        raise SleepnbError('jobs is a number of processes', found=f'--jobs {n}', expected='1 or more, or -1 for one per core')
+    return n
 
 def _check_folder(
     folder:Path,  # may not exist yet
@@ -150,7 +155,7 @@ def demo(
     typer.echo(summary(run_demo(out, scale)))
     typer.echo(f'\n{out.expanduser().absolute()/"report.html"}')
 
-# %% ../nbs/640_cli.ipynb #a3786024
+# %% ../nbs/640_cli.ipynb #a0969272
 @app.command()
 def simulate(
     cohort:Annotated[str, typer.Argument(help='sleep-edf (-20, -78), isruc (-s1, -s3), mass or anphy.')],
@@ -160,7 +165,7 @@ def simulate(
     hours:Annotated[float, typer.Option(help='Mean length of a recording, .1 to 24.')]=8,
     seed:Annotated[int, typer.Option(help='Another seed, other people.')]=0,
     whole_cap:Annotated[bool, typer.Option('--whole-cap', help='Of ANPHY-Sleep, all 83 electrodes.')]=False,
-    jobs:Annotated[int, typer.Option(help='Processes.')]=1,
+    jobs:Annotated[int, typer.Option(metavar='N', callback=_checked_jobs, help='Processes; -1 is one per core.')]=1,
 ):
     "Write simulated nights as files, in the layout of a dataset and with its surprises."
     _check_folder(folder, 'Name another folder.')
@@ -204,7 +209,7 @@ def info(
         typer.echo(f'  hypnogram: {stages["file"]}, {plural(stages["epochs"], "epoch")} ({counts})')
     for note in found['notes']: typer.echo(f'  note: {_as_options(note)}')
 
-# %% ../nbs/640_cli.ipynb #6eadae17
+# %% ../nbs/640_cli.ipynb #2f284858
 def _aliases(given): # NAME=CHANNEL, of each
     if bad := [o for o in given or () if not all(o.rpartition('='))]:
         raise SleepnbError('an alias has two sides', expected='NAME=CHANNEL, such as X1=Chin', found=bad[0])
@@ -230,7 +235,7 @@ def prepare(
     folder:Annotated[Path, typer.Argument(metavar='DIR', help='Where its files are.')],
     store:Annotated[Path, typer.Option(metavar='DIR', help='Folder for the prepared nights; made, or continued.')],
     recipe:Annotated[str, typer.Option(metavar='NAME', help='How signals are filtered: mtssrl, sleepsmc or stager.')]='stager',
-    jobs:Annotated[int, typer.Option(metavar='N', help='Processes; -1 is one per core.')]=1,
+    jobs:Annotated[int, typer.Option(metavar='N', callback=_checked_jobs, help='Processes; -1 is one per core.')]=1,
     channels:Annotated[str|None, typer.Option(metavar='NAMES', help='Channels to keep, with commas: C3-M2,C4-M1,E1,Chin. '
         'Default: those of the dataset, or those that half of the recordings have.')]=None,
     alias:Annotated[list[str]|None, _alias]=None,
@@ -333,7 +338,7 @@ def pretrain(
     dls = pretraining_loaders(stores, split, seed=seed, device=_checked_device(device))
     _train(mtssrl_learner(dls, lr=lr, seed=seed), passes, out, 'pretraining')
 
-# %% ../nbs/640_cli.ipynb #9bad4492
+# %% ../nbs/640_cli.ipynb #80767af6
 def _inherited(weights, store): # the split of the weights, if it knows this cohort
     from sleepnb.learner import saved_split
     split = saved_split(weights)
@@ -378,7 +383,8 @@ Examples:
   sleepnb finetune stores/mine --weights pretrained.safetensors --heads-of isruc-s1 --out mine.safetensors''')
 def finetune(
     store:Annotated[Path, typer.Argument(metavar='STORE', help='A prepared cohort, with stages.')],
-    weights:Annotated[Path, typer.Option(metavar='WEIGHTS', help='What pretrain wrote.')],
+    weights:Annotated[Path, typer.Option(metavar='WEIGHTS', help='What pretrain wrote; of what finetune wrote, the encoder '
+        'goes on.')],
     out:Annotated[Path, _out],
     labels:Annotated[float, _labels]=1,
     split:Annotated[Path|None, _split]=None,
@@ -400,12 +406,15 @@ def finetune(
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.data.store import EpochStore
     from sleepnb.learner import finetune_learner
+    from sleepnb.weights import read_description
     store = EpochStore(store)
     split = split or _inherited(weights, store)
     heads = _donor(weights, store, heads_of)
     dls = labelled_loaders(store, split, labels, min_steps=steps, seed=seed, device=_checked_device(device))
     learn = finetune_learner(dls, weights, lr=lr, unfreeze=unfreeze_passes(passes), patience=max(1, passes//3),
                              heads_of=heads, seed=seed)
+    if read_description(weights)['network'] == 'StageNetwork':
+        _say(f'{weights} can stage already: its encoder goes on from there, and its classifier begins anew')
     _train(learn, passes, out, 'fine-tuning', labels=labels, pretrained=weights.name)
 
 # %% ../nbs/640_cli.ipynb #fa922b2a
@@ -807,7 +816,7 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #db1b7975
+# %% ../nbs/640_cli.ipynb #381bac63
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
@@ -825,7 +834,8 @@ def recipe(
     name:Annotated[str, typer.Argument(metavar='RECIPE', help='A table, such as mtssrl-table4; sleepnb runs lists them.')],
     scale:Annotated[_Scale, _scale]=_Scale.small,
     out:Annotated[Path, _runs]=Path('runs'),
-    jobs:Annotated[int, typer.Option('--jobs', metavar='N', help='Trainings side by side; -1 is one per core.')]=1,
+    jobs:Annotated[int, typer.Option('--jobs', metavar='N', callback=_checked_jobs,
+                                     help='Trainings side by side; -1 is one per core.')]=1,
     backend:Annotated[_Backend, typer.Option('--backend', help='loky: this machine; dask: a cluster.')]=_Backend.loky,
     scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Of Dask: tcp://login1:8786, or the file that '
         'dask scheduler --scheduler-file FILE.json writes.')]=None,

@@ -291,6 +291,12 @@ def test_fine_tuning_inherits_the_split(tuned, pretrained):
     before,after = (load_weights(p)[0].backbone.alignment.state_dict() for p in (pretrained, tuned))
     assert all(torch.equal(before[k], after[k]) for k in before)
 
+def test_what_was_fine_tuned_already_is_said_to_be(isruc, pretrained, tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, '_train', lambda *args, **how: None)
+    for weights,said in ((tuned, f'sleepnb: {tuned} can stage already: its encoder goes on from there, and its classifier begins anew\n'), (pretrained, '')):
+        done = call('finetune', isruc, '--weights', weights, '--out', tmp_path/'x.safetensors')
+        assert (done.returncode, done.stderr) == (0, said)
+
 def test_a_new_cohort_borrows_an_alignment(work, pretrained, tmp_path):
     done = call('finetune', work/'store-sleep-edf', '--weights', pretrained, '--out', out := tmp_path/'x.safetensors', '--passes', 1,
                 '--steps', 1, '--heads-of', 'isruc-s3-simulated')
@@ -894,6 +900,9 @@ WRONG = { # why → command; @ is the folder of the files
     'takes no such option (found --alias)': ['prepare', *FILES, '@new', '--alias', 'X9=Chin'],
     'jobs is a number of processes': ['prepare', *FILES, '@new', '--jobs', '0'],
     'several files could be the hypnogram': ['prepare', 'folder', *FILES[1:], '@new'],
+    'or -1 for one per core; found --jobs -5': ['simulate', 'isruc-s3', '@new', '--jobs', '-5'],
+    'or -1 for one per core; found --jobs -2': ['prepare', *FILES, '@new', '--jobs', '-2'],
+    'or -1 for one per core; found --jobs 0': ['run', 'mtssrl-table4', '--out', '@new', '--jobs', '0'],
     "Missing option '--out'": ['pretrain', ISRUC],
     'found no such folder': ['pretrain', '@none', *OUT],
     'this is no store': ['pretrain', '@isruc-s3', *OUT],
