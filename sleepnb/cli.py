@@ -717,7 +717,7 @@ def _staging_as_text(staging, scored, paths):
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #3dbfbced
+# %% ../nbs/640_cli.ipynb #f33af4bd
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
@@ -772,6 +772,7 @@ def stage(
         try:
             staging,scored = _staged(stager, file, hypnogram, (vocabulary, column), how | _part(file, *moments))
             written.append(staging.write(paths[0], force))
+            if kind == 'bids': written.append(paths[0].with_suffix('.json'))
             if report: written.append(_write_report(staging, paths[1], file, how, force))
         except Exception as error:
             if os.environ.get('SLEEPNB_DEBUG'): raise

@@ -561,7 +561,9 @@ def test_info_and_stage_read_the_same_stages(shelf, tmp_path):
 
 @pytest.mark.parametrize('kind,name', [('tsv', 'night_stages.tsv'), ('bids', 'night_desc-stages_events.tsv'), ('edf', 'night_stages.edf')])
 def test_stage_in_other_formats(shelf, tmp_path, kind, name):
-    for _ in range(2): assert stage(shelf, '@night.edf', '--format', kind, '--out', tmp_path).returncode == 0
+    for _ in range(2):
+        done = stage(shelf, '@night.edf', '--format', kind, '--out', tmp_path)
+        assert done.returncode == 0 and {*done.stdout.splitlines()[-1].removeprefix('  written: ').split(', ')} == {str(p) for p in tmp_path.iterdir()}
     assert {p.name for p in tmp_path.iterdir()} == {name, name.replace('.tsv', '.json') if kind == 'bids' else name}
 
 @pytest.mark.parametrize('theirs', ['night_desc-stages_events.tsv', 'night_desc-stages_events.json'])
