@@ -255,7 +255,7 @@ def _is_envelope(
     above,whole = (power[:, _ENVELOPE_HZ*EPOCH_SEC:] - noise).sum(-1), power.sum(-1)
     return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
 
-# %% ../nbs/600_stager.ipynb #4cf14e5a
+# %% ../nbs/600_stager.ipynb #c4e212db
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -282,7 +282,11 @@ def _check_unit(
 ):
     known = {k: v for k,v in spreads.items() if np.isfinite(v)}
     if known and not any(AMPLITUDES[0] <= v <= AMPLITUDES[1] for v in known.values()):
-        say = 'Say which unit the numbers have, for example unit="V" or unit="uV".'
+        typical = 20 / np.median([*known.values()])                        # µV of EEG
+        unit = min(dict(V=1e6, mV=1e3, uV=1e-6).items(), key=lambda o: abs(np.log(o[1]/typical)))[0]
+        given = getattr(recording.source, 'unit', None)
+        say = (f'Leave unit="{given}" out, or give another of uV, mV and V.' if given else
+               f'The numbers may have another unit, {unit} by their size: say so with unit="{unit}".')
         raise RecordingError('the signals cannot be in microvolts', where=recording.where,
             expected=f'standard deviations of {AMPLITUDES[0]:g} to {AMPLITUDES[1]:g} µV',
             found=', '.join(f'{k} {v:.3g} µV' for k,v in known.items()),

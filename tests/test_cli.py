@@ -776,7 +776,7 @@ STAGE_WRONG = { # why → what follows `sleepnb stage`; --weights are added
     'the channels of this network cannot be chosen': ['@night.edf', '--channels', 'C3', *NEW, '--weights', '@fixed.safetensors'],
     'the recording lacks channels that the network was trained on': ['@eyes.edf', *NEW, '--weights', '@fixed.safetensors'],
     'this unit is not known': ['@night.edf', '--unit', 'kV', *NEW],
-    'for example --unit "V" or --unit "uV".': ['@night.edf', '--unit', 'V', *NEW],
+    'Leave --unit "V" out, or give another of uV, mV and V.': ['@night.edf', '--unit', 'V', *NEW],
     'lab.edf: there is no channel of this name (expected one, two; found Ch 9)': ['@lab.edf', '--alias', 'one=C3-M2', '--alias', 'Ch 9=C4-M1', *NEW],
     'an alias has two sides': ['@lab.edf', '--alias', 'one', *NEW],
     "'xml' is not one of": ['@night.edf', '--format', 'xml', *NEW],

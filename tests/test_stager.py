@@ -251,14 +251,21 @@ def test_nan_in_a_raw(stager, x):
     found = stager.stage(raw)
     assert list(np.flatnonzero(found.quality == 'missing')) == [20] and (found.stages == -1).sum() == 1
 
-def test_wrong_units(stager, x):
+def test_wrong_units(stager, x, tmp_path):
     info = mne.create_info(['C3', 'C4', 'A1', 'A2', 'E1', 'E2', 'Chin'], 200, 'eeg')
     raw = mne.io.RawArray(x.astype(float), info, verbose='error')               # microvolts where mne has volts
     with pytest.raises(RecordingError, match='cannot be in microvolts'): stager.stage(raw)
-    with pytest.raises(RecordingError, match='cannot be in microvolts.*unit="V"'): stager.stage(raw)
+    with pytest.raises(RecordingError, match='cannot be in microvolts.*say so with unit="uV"'): stager.stage(raw)
     with pytest.raises(RecordingError, match='cannot be in microvolts.*Scale them: a Night is in microvolts.$'): stager.stage(night(x*1e-6))
     with pytest.raises(RecordingError, match="a Night is in microvolts .found unit='V'"): stager.stage(night(x*1e-6), unit='V')
     close(stager.stage(raw, unit='uV'), stager.stage(night(x)))
+    with pytest.raises(RecordingError, match='Leave unit="V" out, or give another of uV, mV and V.$'): stager.stage(raw, unit='V') # as it is taken
+    for factor,unit in ((1e-6, 'V'), (1e-3, 'mV'), (1e6, 'uV')):                  # of numbers that a file calls µV, or V
+        said = 'V' if unit == 'uV' else 'uV'
+        edf = Edf([EdfSignal(o*(1 if unit == 'uV' else factor), 200, label=n, physical_dimension=said) for o,n in zip(x.astype(float), NAMES)])
+        edf.write(path := tmp_path/f'{unit}.edf')
+        with pytest.raises(RecordingError, match=f'{unit} by their size: say so with unit="{unit}".$'): stager.stage(path)
+        close(stager.stage(path, unit=unit), stager.stage(night(x)), .02)
 
 def test_epochs_begin_with_the_hypnogram(stager, x):
     start = datetime(2020, 1, 1, 22)
