@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['html_table', 'write_report']
 
-# %% ../nbs/630_report.ipynb #c75b6eac
+# %% ../nbs/630_report.ipynb #d919839c
 import re
 from collections import Counter
 from datetime import timedelta
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from . import __version__
 from .core import Modality, RecordingError, SleepnbError, Stage, plural
-from .data.psg import Night
+from .data.psg import Night, usable_names
 from .hypnogram import write_file
 from .metrics import agreement, confusion
 from .montage import resolve_montage
@@ -46,7 +46,7 @@ def _svg(
     svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r'(\.\d)\d+', r'\1', m[0]), svg)      # a tenth of a point is enough
     return f'<svg role="img" aria-label="{escape(label)}"' + svg
 
-# %% ../nbs/630_report.ipynb #0ce79a3c
+# %% ../nbs/630_report.ipynb #cf50e433
 def _spectrogram_of(
     staging:Staging,
     recording,                # as for `write_report`
@@ -63,7 +63,8 @@ def _spectrogram_of(
         raise RecordingError('this is not the recording that was staged', where=source.where,
             expected=f'{plural(n, "epoch")} of {staging.name}, start {staging.start}',
             found=f'{held} of {name}, start {source.start}', remedy='Give that one, or none.')
-    terms = resolve_montage(source.names, names[:1], aliases, source.where).derivations[0].terms
+    there,_ = usable_names(source, names[:1], aliases)                     # C3 alone, where M2 was left out
+    terms = resolve_montage(there, names[:1], aliases, source.where).derivations[0].terms
     x,fs = read_terms(source, terms, {}, (staging.onset, n))
     words,per = signal_quality(x, fs, n_epochs=n), round(staging.epoch_sec * fs)
     x = np.pad(x, (0, max(0, n*per - len(x))), constant_values=np.nan)[:n*per].reshape(n, per)

@@ -19,7 +19,7 @@ from sleepnb.hypnogram import smooth_stages, write_stages
 from sleepnb.models.network import Backbone, StageNetwork
 from sleepnb.montage import POSITIONS, parse_channel
 from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
-from sleepnb.report import write_report
+from sleepnb.report import _spectrogram_of, write_report
 from sleepnb.ssrl.mtssrl import MTSSRL
 from sleepnb.stager import EEG_SITES, Stager, signal_quality
 from sleepnb.synth import synth_hypnogram, synth_night
@@ -206,6 +206,17 @@ def test_channels_marked_bad_or_not_in_volts_are_left_out(stager, x):
     with pytest.raises(RecordingError, match='not in volts.*set_channel_types'): stager.stage(raw, channels=['C3-M2', 'Chin'])
     raw.info['bads'] = NAMES
     with pytest.raises(RecordingError, match='no channel may be used'): stager.stage(raw)
+
+@pytest.mark.parametrize('channels,bad,drawn', [(None, ['A1', 'A2'], 'C3'), (['C3-M2'], ['A2'], 'C3 − A2'), (['C3'], ['A1', 'A2'], 'C3'), (['C3'], [], 'C3 − A2')])
+def test_the_spectrogram_is_of_what_was_staged(stager, x, tmp_path, channels, bad, drawn):
+    "With the mastoids marked bad, C3 is staged alone."
+    raw = mne.io.RawArray(x * 1e-6, mne.create_info(NAMES, 200, ['eeg']*4 + ['eog']*2 + ['emg']), verbose='error')
+    raw.info['bads'] = bad
+    found = stager.stage(raw, 'EEG', channels)
+    assert found.channels.details[0] == drawn
+    name,signal,fs = _spectrogram_of(found, raw, None, None)
+    assert name == found.channels.channel[0]
+    np.testing.assert_allclose(signal, x[0] - x[3] if '−' in drawn else x[0], atol=1e-3)
 
 def test_a_mastoid_at_its_end_spoils_what_is_made_with_it(x):
     "Difference and electrodes are both looked at."
