@@ -225,6 +225,17 @@ def test_a_mastoid_at_its_end_spoils_what_is_made_with_it(x):
     found = Stager(SleepSMC({'home': HOME}, primary=None, channel_mode='cam')).stage(night(bad, NAMES), ['EEG'])
     assert list(found.channels.set_index('channel').epochs_clipped[['C3-M2', 'C4-M1']]) == [20, 0]
 
+@pytest.mark.parametrize('fs', [100, 200, 512])
+def test_a_chin_electrode_that_came_off(fs):
+    "White noise or hum, with its harmonics, far above muscle; and muscle itself, strong, or without a high-pass."
+    x,g = synth_night(['Chin'], n_epochs=40, fs=fs, seed=2).x[0], np.random.default_rng(0)
+    t,drift = np.arange(len(x)) / fs, np.cumsum(g.normal(0, .3, len(x)))
+    def noisy(x): return (signal_quality(x.astype(np.float32), fs, 'EMG') == 'noise').mean()
+    hum = 300*np.sin(2*np.pi*49.9*t) + (200*np.sin(2*np.pi*150*t) if fs > 300 else 0)
+    for wrong in (g.normal(0, 150, len(x)), x + g.normal(0, 150, len(x)), x + hum, hum + g.normal(0, 20, len(x)), hum + g.normal(0, 120, len(x))):
+        assert noisy(wrong) > .95
+    for right in (x, 5*x, x + drift, g.normal(0, 20, len(x))): assert noisy(right) == 0
+
 def test_quality_of_simulated_nights():
     made = synth_night(['C3-M2', 'O1-M2', 'HEOG', 'Chin'], 240, seed=5)
     words = [signal_quality(o, 100, m) for o,m in zip(made.x, ['EEG', 'EEG', 'EOG', 'EMG'])]
