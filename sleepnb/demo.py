@@ -226,7 +226,7 @@ def _agree(nights:dict[str, Staging])->pd.DataFrame: # as from `_compare`
     return pd.DataFrame([dict(data=nights[k].name, network=k, metric=m, value=a[m], people=1, epochs=a['epochs'])
                          for k,a in found.items() for m in METRICS])
 
-# %% ../nbs/635_demo.ipynb #2e6ebed6
+# %% ../nbs/635_demo.ipynb #4246c545
 def _picture(
     fig:Figure,
     text:str,   # what it shows, for those who do not see it
@@ -243,7 +243,8 @@ _STYLE = '''body{font:1rem/1.5 system-ui,sans-serif;max-width:54rem;margin:2rem 
 h1,h2{line-height:1.2}h2{margin-top:2.2rem}figure{margin:1rem 0;overflow-x:auto}img{width:100%;min-width:34rem}
 figcaption{font-size:.85rem;color:#555}.table{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem 1rem .25rem 0;text-align:left;border-bottom:1px solid #ddd}
-.numbers td{white-space:nowrap}.numbers :is(th,td):not(:first-child){text-align:right}'''
+.numbers td{white-space:nowrap}.numbers :is(th,td):not(:first-child){text-align:right}
+@media(max-width:40rem){.table{font-size:.8rem}th,td{padding-right:.4rem}.numbers td{white-space:normal}}''' # on a telephone
 
 def _page(title, parts):
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing may be fetched
