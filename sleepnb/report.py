@@ -71,7 +71,7 @@ def _spectrogram_of(
     empty = np.isin(words, ('flat', 'missing'))
     return None if empty.all() else (names[0], np.where(empty[:, None], np.nan, x).ravel(), fs)
 
-# %% ../nbs/630_report.ipynb #6c76f440
+# %% ../nbs/630_report.ipynb #124bfc27
 def _night_pictures(
     staging:Staging,
     signal:tuple|None, # as `_spectrogram_of` gives it
@@ -87,7 +87,7 @@ def _night_pictures(
     label = 'Spectrogram, hypnogram and hypnodensity' if signal else 'Hypnogram and hypnodensity'
     wide,narrow = _svg(draw, (9, 2.1*sum(heights)), 10, label), _svg(draw, (4.3, 1.9*sum(heights)), 8, label)
     above = f'The power of {escape(signal[0])} over frequency and time. ' if signal else ''
-    scorer = ', over that of a scorer in grey' if staging.reference is not None else ''
+    scorer = ', over that of the scorer in grey' if staging.reference is not None else ''
     return (f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div><figcaption>{above}'
             f'The hypnogram{scorer}. The probability of each stage.</figcaption></figure>')
 
