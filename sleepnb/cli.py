@@ -84,14 +84,14 @@ def main():
     if code == 130: _say('interrupted.' + ' The same command, given again, goes on.'*goes_on)
     sys.exit(code or 0)
 
-# %% ../nbs/640_cli.ipynb #5574b40a
+# %% ../nbs/640_cli.ipynb #2e89b208
 _ONSETS = 'Write their onsets in seconds from the start of the recording'
 _ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column',
                   wanted='channels', tmin='start', tmax='stop', ending='ending', subject='subject', channel_mode='channel-mode')
 
 _IN_SHELL = { # what a message says in Python → in a shell
-    'it comes second: read_night(recording, hypnogram)': 'name its recording: a hypnogram beside that is found by its name, and '
-                                                         'sleepnb stage takes any with --hypnogram',
+    'it comes second: read_night(recording, hypnogram)':
+        'name its recording: a hypnogram beside that is found by its name, and sleepnb stage takes any with --hypnogram',
     'Give the stages a start with its date: replace(read_hypnogram(…), start=…)': _ONSETS,
     'Give the stages a start: replace(read_hypnogram(…), start=…)': _ONSETS,
     'Correct raw.info["bads"], or the types by raw.set_channel_types; or ask': 'Ask',
@@ -101,7 +101,8 @@ _TRAININGS = dict(hypers='learning rate', order='seed', origin='pretrained weigh
 def _as_options(text:str)->str:
     for python,shell in _IN_SHELL.items(): text = text.replace(python, shell)
     text = re.sub(r'say so by raw\.set_channel_types\(.*?\); or give unit=', 'say unit="V"', text)
-    text = re.sub('(?<=another training: other ).*', lambda m: ', '.join(dict.fromkeys(_TRAININGS.get(k, k) for k in m[0].split(', '))), text)
+    def in_words(m): return ', '.join(dict.fromkeys(_TRAININGS.get(k, k) for k in m[0].split(', ')))
+    text = re.sub('(?<=another training: other ).*', in_words, text)
     text = re.sub(r'aliases=\{"(.*?)": "(.*?)"\}', r'--alias "\1=\2"', text)
     text = text.replace('another place, or replace it: replace=True', 'another folder: --out DIR, or replace it: --force')
     text = re.sub(r'wanted=\["(.*?)", "(.*?)"\]', r'--channels \1,\2', text)
@@ -630,7 +631,7 @@ def _places(
                                remedy='Name another folder: --out DIR.')
     return made
 
-# %% ../nbs/640_cli.ipynb #203c2de3
+# %% ../nbs/640_cli.ipynb #88896af5
 def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is none
     from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram
     inside = describe(file)['hypnogram'] # refuses what is no recording
@@ -668,10 +669,11 @@ def _part(file, start, stop): # from and to, as `Stager.stage` takes them; of mo
     tmin = 0. if start is None else seconds(start, 0.)
     tmax = end if stop is None else seconds(stop, tmin)
     if not 0 <= tmin < tmax <= end:
-        lasts = f'0 to {end/3600:.4g} hours' + (f' ({begin:%H:%M:%S} to {begin + timedelta(seconds=end):%H:%M:%S})' if begin else '')
-        given = [f'--{k} {v:{"%H:%M:%S" if isinstance(v, time) else "g"}}' for k,v in (('start', start), ('stop', stop)) if v is not None]
-        raise RecordingError('this is no part of the recording', where=file, found=' '.join(given),
-                             expected=f'a part of {lasts}, that ends after it begins')
+        lasts = f'0 to {end/3600:.4g} hours'
+        if begin: lasts += f' ({begin:%H:%M:%S} to {begin + timedelta(seconds=end):%H:%M:%S})'
+        given = {k: f'{v:g}' if isinstance(v, float) else v for k,v in dict(start=start, stop=stop).items() if v is not None}
+        raise RecordingError('this is no part of the recording', where=file, expected=f'a part of {lasts}, that ends after it '
+                             'begins', found=' '.join(f'--{k} {v}' for k,v in given.items()))
     return dict(tmin=tmin, tmax=tmax)
 
 def _staged(stager, file, given, reading, how): # the staging; the file of the hypnogram, or `None`
@@ -717,7 +719,7 @@ def _staging_as_text(staging, scored, paths):
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #f33af4bd
+# %% ../nbs/640_cli.ipynb #015a6f5c
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
@@ -735,8 +737,8 @@ def stage(
         'there and that the weights can use.')]=None,
     channels:Annotated[str|None, typer.Option(metavar='NAMES', help='Only these, with commas: C3-M2,E1-M2.')]=None,
     alias:Annotated[list[str]|None, _alias]=None,
-    start:Annotated[str|None, typer.Option(metavar='TIME', help='Only a part of the recording, from here: a time of day (22:30), '
-        'or hours after the start of the recording (1.5).')]=None,
+    start:Annotated[str|None, typer.Option(metavar='TIME', help='Only a part of the recording, from here: a time of day '
+        '(22:30), or hours after the start of the recording (1.5).')]=None,
     stop:Annotated[str|None, typer.Option(metavar='TIME', help='Only a part, to here.')]=None,
     smooth:Annotated[bool, typer.Option('--smooth', help='Take the likeliest path through the night.')]=False,
     unit:Annotated[str|None, typer.Option(metavar='UNIT', help='uV, mV or V, where the file is wrong about it.')]=None,

@@ -140,7 +140,7 @@ def _channels(staging:Staging)->str:
     return (f'<p>{text} A channel counts only in epochs in which it is good.</p>'
             + html_table(['used', 'measures', 'from', 'epochs'], rows) + left * bool(len(rest)))
 
-# %% ../nbs/630_report.ipynb #57ace53c
+# %% ../nbs/630_report.ipynb #ea58f4c0
 def _agreement(staging:Staging)->str:
     conf = confusion(staging.reference, staging.stages)
     if not conf.sum(): return '<p>No epoch has a stage here and one of the scorer.</p>'
@@ -152,8 +152,8 @@ def _agreement(staging:Staging)->str:
     picture = _svg(lambda fig: plot_confusion(conf, fig.subplots(), 'scorer', 'here'), (4, 3.6), 10, 'Confusion matrix')
     table = html_table(['stage', 'F1', 'epochs of the scorer', 'epochs here'], rows, 'numbers')
     caption = 'Epochs, and their share of the scorer’s stage.'
-    note = staging.agreement_note
-    return (f'<p>{text}, over {plural(conf.sum(), "epoch")} of the scorer{file}.{note and f" {note[:1].upper()}{note[1:]}."}</p>{table}'
+    note = (o := staging.agreement_note) and f' {o[0].upper()}{o[1:]}.'
+    return (f'<p>{text}, over {plural(conf.sum(), "epoch")} of the scorer{file}.{note}</p>{table}'
             f'<figure class="small">{picture}<figcaption>{caption}</figcaption></figure>')
 
 # %% ../nbs/630_report.ipynb #0a1f50ca
