@@ -253,7 +253,7 @@ def _page(title, parts):
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{html.escape(title)}</title>'
             f'<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n' + '\n'.join(parts) + '\n</body></html>\n')
 
-# %% ../nbs/635_demo.ipynb #21f46dec
+# %% ../nbs/635_demo.ipynb #7b2113e2
 def _draw_montages():
     fig = Figure(figsize=(8.4, 3), layout='constrained')
     for ax,(cohort,(channels,_)) in zip(fig.subplots(1, len(MONTAGES)), MONTAGES.items()):
@@ -291,8 +291,8 @@ def _draw_nights(nights):
     return fig
 
 def _draw_confusions(
-    pairs:dict, # title → true stages, stages
-    true:str,   # whose the former are
+    pairs:dict,      # title → true stages, stages
+    true:str='true', # what the former are called
 ):
     fig = Figure(figsize=(3.6*len(pairs), 4.1), layout='constrained')
     for ax,(title,(was,pred)) in zip(np.ravel(fig.subplots(1, len(pairs))), pairs.items()):
@@ -327,7 +327,7 @@ def verdict(
     if high < 0: return 'The interval lies below zero: for these people, pretraining did harm.'
     return 'The interval has zero within it: these people do not decide whether pretraining helped.'
 
-# %% ../nbs/635_demo.ipynb #8862b12f
+# %% ../nbs/635_demo.ipynb #2c06d89d
 def _intro(scale):
     return [_text('What sleepnb does, once and in small, on this machine. For research: sleepnb is not a medical device.'),
         _text('The nights of the cohorts S, I and A are simulated: nobody slept them. One night is real: recording SC4001E0 of',
@@ -362,7 +362,7 @@ def _on_people(tested, results):
         _score_table(results),
         _text(f'In macro-F1 the difference is {_cell(apart, "+")}. {verdict(apart.low, apart.high)}',
               'This says nothing of other seeds, longer trainings or real nights.'),
-        _picture(_draw_confusions({NETWORKS[k]: (t.stage, t.pred) for k,t in tested.items()}, 'true'),
+        _picture(_draw_confusions({NETWORKS[k]: (t.stage, t.pred) for k,t in tested.items()}),
                  'Epochs of the simulated test people: true stage, and what each network took it for.')]
 
 def _gained(
