@@ -6,13 +6,14 @@
 __all__ = ['app', 'train', 'main', 'demo', 'simulate', 'info', 'prepare', 'pretrain', 'finetune', 'supervised', 'sleepsmc',
            'featurenet', 'evaluate', 'stage', 'export', 'recipe', 'recipes']
 
-# %% ../nbs/640_cli.ipynb #4c035eab
+# %% ../nbs/640_cli.ipynb #62f86c80
 import json
 import math
 import os
 import re
 import sys
 import warnings
+from datetime import datetime, time, timedelta
 from enum import StrEnum
 from functools import wraps
 from inspect import signature
@@ -22,7 +23,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .core import HypnogramError, MontageError, SleepnbError, Stage, WeightsError, plural, unwritable
+from .core import HypnogramError, MontageError, RecordingError, SleepnbError, Stage, WeightsError, plural, unwritable
 
 # %% ../nbs/640_cli.ipynb #e29bd06b
 _plain = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -83,11 +84,25 @@ def main():
     if code == 130: _say('interrupted.' + ' The same command, given again, goes on.'*goes_on)
     sys.exit(code or 0)
 
-# %% ../nbs/640_cli.ipynb #975c2267
+# %% ../nbs/640_cli.ipynb #2e89b208
+_ONSETS = 'Write their onsets in seconds from the start of the recording'
 _ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column',
-                  wanted='channels', ending='ending', subject='subject', channel_mode='channel-mode')
+                  wanted='channels', tmin='start', tmax='stop', ending='ending', subject='subject', channel_mode='channel-mode')
+
+_IN_SHELL = { # what a message says in Python → in a shell
+    'it comes second: read_night(recording, hypnogram)':
+        'name its recording: a hypnogram beside that is found by its name, and sleepnb stage takes any with --hypnogram',
+    'Give the stages a start with its date: replace(read_hypnogram(…), start=…)': _ONSETS,
+    'Give the stages a start: replace(read_hypnogram(…), start=…)': _ONSETS,
+    'Correct raw.info["bads"], or the types by raw.set_channel_types; or ask': 'Ask',
+    'fraction is a share of the labels': '--labels is a share of the labels'}
+_TRAININGS = dict(hypers='learning rate', order='seed', origin='pretrained weights', mix='cohorts', callbacks='settings')
 
 def _as_options(text:str)->str:
+    for python,shell in _IN_SHELL.items(): text = text.replace(python, shell)
+    text = re.sub(r'say so by raw\.set_channel_types\(.*?\); or give unit=', 'say unit="V"', text)
+    def in_words(m): return ', '.join(dict.fromkeys(_TRAININGS.get(k, k) for k in m[0].split(', ')))
+    text = re.sub('(?<=another training: other ).*', in_words, text)
     text = re.sub(r'aliases=\{"(.*?)": "(.*?)"\}', r'--alias "\1=\2"', text)
     text = text.replace('another place, or replace it: replace=True', 'another folder: --out DIR, or replace it: --force')
     text = re.sub(r'wanted=\["(.*?)", "(.*?)"\]', r'--channels \1,\2', text)
@@ -97,8 +112,16 @@ def _as_options(text:str)->str:
 def _in_shell(error:Exception)->Exception:
     "The same, with options instead of arguments."
     if isinstance(error, SleepnbError):
+        if error.what == 'the checkpoint is of another training':
+            differ = [o.partition(' ')[0] for o in error.expected.split('; ')]
+            error.expected,error.found = None, f'another training: other {", ".join(differ)}'
         for k in ('what', 'expected', 'found', 'remedy'): setattr(error, k, (v := getattr(error, k)) and _as_options(v))
     return error
+
+def _checked_jobs(n:int)->int:
+    if n < 1 and n != -1:
+        raise SleepnbError('jobs is a number of processes', found=f'--jobs {n}', expected='1 or more, or -1 for one per core')
+    return n
 
 def _check_folder(
     folder:Path,  # may not exist yet
@@ -133,7 +156,7 @@ def demo(
     typer.echo(summary(run_demo(out, scale)))
     typer.echo(f'\n{out.expanduser().absolute()/"report.html"}')
 
-# %% ../nbs/640_cli.ipynb #a3786024
+# %% ../nbs/640_cli.ipynb #a0969272
 @app.command()
 def simulate(
     cohort:Annotated[str, typer.Argument(help='sleep-edf (-20, -78), isruc (-s1, -s3), mass or anphy.')],
@@ -143,7 +166,7 @@ def simulate(
     hours:Annotated[float, typer.Option(help='Mean length of a recording, .1 to 24.')]=8,
     seed:Annotated[int, typer.Option(help='Another seed, other people.')]=0,
     whole_cap:Annotated[bool, typer.Option('--whole-cap', help='Of ANPHY-Sleep, all 83 electrodes.')]=False,
-    jobs:Annotated[int, typer.Option(help='Processes.')]=1,
+    jobs:Annotated[int, typer.Option(metavar='N', callback=_checked_jobs, help='Processes; -1 is one per core.')]=1,
 ):
     "Write simulated nights as files, in the layout of a dataset and with its surprises."
     _check_folder(folder, 'Name another folder.')
@@ -187,7 +210,7 @@ def info(
         typer.echo(f'  hypnogram: {stages["file"]}, {plural(stages["epochs"], "epoch")} ({counts})')
     for note in found['notes']: typer.echo(f'  note: {_as_options(note)}')
 
-# %% ../nbs/640_cli.ipynb #6eadae17
+# %% ../nbs/640_cli.ipynb #2f284858
 def _aliases(given): # NAME=CHANNEL, of each
     if bad := [o for o in given or () if not all(o.rpartition('='))]:
         raise SleepnbError('an alias has two sides', expected='NAME=CHANNEL, such as X1=Chin', found=bad[0])
@@ -213,7 +236,7 @@ def prepare(
     folder:Annotated[Path, typer.Argument(metavar='DIR', help='Where its files are.')],
     store:Annotated[Path, typer.Option(metavar='DIR', help='Folder for the prepared nights; made, or continued.')],
     recipe:Annotated[str, typer.Option(metavar='NAME', help='How signals are filtered: mtssrl, sleepsmc or stager.')]='stager',
-    jobs:Annotated[int, typer.Option(metavar='N', help='Processes; -1 is one per core.')]=1,
+    jobs:Annotated[int, typer.Option(metavar='N', callback=_checked_jobs, help='Processes; -1 is one per core.')]=1,
     channels:Annotated[str|None, typer.Option(metavar='NAMES', help='Channels to keep, with commas: C3-M2,C4-M1,E1,Chin. '
         'Default: those of the dataset, or those that half of the recordings have.')]=None,
     alias:Annotated[list[str]|None, _alias]=None,
@@ -316,7 +339,7 @@ def pretrain(
     dls = pretraining_loaders(stores, split, seed=seed, device=_checked_device(device))
     _train(mtssrl_learner(dls, lr=lr, seed=seed), passes, out, 'pretraining')
 
-# %% ../nbs/640_cli.ipynb #9bad4492
+# %% ../nbs/640_cli.ipynb #80767af6
 def _inherited(weights, store): # the split of the weights, if it knows this cohort
     from sleepnb.learner import saved_split
     split = saved_split(weights)
@@ -361,7 +384,8 @@ Examples:
   sleepnb finetune stores/mine --weights pretrained.safetensors --heads-of isruc-s1 --out mine.safetensors''')
 def finetune(
     store:Annotated[Path, typer.Argument(metavar='STORE', help='A prepared cohort, with stages.')],
-    weights:Annotated[Path, typer.Option(metavar='WEIGHTS', help='What pretrain wrote.')],
+    weights:Annotated[Path, typer.Option(metavar='WEIGHTS', help='What pretrain wrote; of what finetune wrote, the encoder '
+        'goes on.')],
     out:Annotated[Path, _out],
     labels:Annotated[float, _labels]=1,
     split:Annotated[Path|None, _split]=None,
@@ -383,12 +407,15 @@ def finetune(
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.data.store import EpochStore
     from sleepnb.learner import finetune_learner
+    from sleepnb.weights import read_description
     store = EpochStore(store)
     split = split or _inherited(weights, store)
     heads = _donor(weights, store, heads_of)
     dls = labelled_loaders(store, split, labels, min_steps=steps, seed=seed, device=_checked_device(device))
     learn = finetune_learner(dls, weights, lr=lr, unfreeze=unfreeze_passes(passes), patience=max(1, passes//3),
                              heads_of=heads, seed=seed)
+    if read_description(weights)['network'] == 'StageNetwork':
+        _say(f'{weights} can stage already: its encoder goes on from there, and its classifier begins anew')
     _train(learn, passes, out, 'fine-tuning', labels=labels, pretrained=weights.name)
 
 # %% ../nbs/640_cli.ipynb #fa922b2a
@@ -604,7 +631,7 @@ def _places(
                                remedy='Name another folder: --out DIR.')
     return made
 
-# %% ../nbs/640_cli.ipynb #0d38fcd2
+# %% ../nbs/640_cli.ipynb #88896af5
 def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is none
     from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram
     inside = describe(file)['hypnogram'] # refuses what is no recording
@@ -613,12 +640,41 @@ def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is n
 
 def _check_aliases(file, aliases): # of a file without such a channel they would do nothing
     from sleepnb.data.psg import describe
-    from sleepnb.montage import _clean
+    from sleepnb.montage import _clean, _some
     names = [c['recorded'] for c in describe(file)['channels']] if aliases else []
     known = {_clean(n).casefold() for n in names}
     if lost := [a for a in aliases or () if _clean(a).casefold() not in known]:
-        raise MontageError('there is no channel of this name', where=file, found=', '.join(lost), expected=', '.join(names),
+        raise MontageError('there is no channel of this name', where=file, found=', '.join(lost), expected=_some(names),
                            remedy='Correct the left side of --alias.')
+
+def _moment(text, option): # hours after the start of the recording, or a time of day
+    for form in ('%H:%M', '%H:%M:%S'):
+        try: return datetime.strptime(text, form).time()
+        except ValueError: pass
+    try: return float(text)
+    except ValueError: raise SleepnbError('this is no time', found=f'{option} {text}', expected='a time of day, such as 22:30, '
+                                          'or hours after the start of the recording, such as 1.5') from None
+
+def _part(file, start, stop): # from and to, as `Stager.stage` takes them; of moments or `None`
+    from sleepnb.data.psg import open_recording
+    if start is None and stop is None: return {}
+    recording = open_recording(file)
+    begin,end = recording.start, recording.duration
+    if time in (type(start), type(stop)) and begin in (None, datetime(1985, 1, 1)): # as EDF writes none
+        raise RecordingError('the file does not say when it starts', where=file, found='a time of day',
+                             remedy='Give hours after its start, such as --start 1.5.')
+    def seconds(when, after): # of a time of day, the first that comes
+        if not isinstance(when, time): return 3600*when
+        return after + ((datetime.combine(begin, when) - begin).total_seconds() - after) % 86400
+    tmin = 0. if start is None else seconds(start, 0.)
+    tmax = end if stop is None else seconds(stop, tmin)
+    if not 0 <= tmin < tmax <= end:
+        lasts = f'0 to {end/3600:.4g} hours'
+        if begin: lasts += f' ({begin:%H:%M:%S} to {begin + timedelta(seconds=end):%H:%M:%S})'
+        given = {k: f'{v:g}' if isinstance(v, float) else v for k,v in dict(start=start, stop=stop).items() if v is not None}
+        raise RecordingError('this is no part of the recording', where=file, expected=f'a part of {lasts}, that ends after it '
+                             'begins', found=' '.join(f'--{k} {v}' for k,v in given.items()))
+    return dict(tmin=tmin, tmax=tmax)
 
 def _staged(stager, file, given, reading, how): # the staging; the file of the hypnogram, or `None`
     _check_aliases(file, how['aliases'])
@@ -631,7 +687,7 @@ def _staged(stager, file, given, reading, how): # the staging; the file of the h
         _say(f'no agreement is computed. {_told(error)}')
     return stager.stage(file, **how), None
 
-# %% ../nbs/640_cli.ipynb #09df97dc
+# %% ../nbs/640_cli.ipynb #f2e3b9d6
 def _agreement(staging):
     "With the hypnogram, as JSON has it; `None` without epochs to compare."
     if staging.reference is None or not ((staging.reference >= 0) & (staging.stages >= 0)).any(): return None
@@ -644,7 +700,8 @@ def _staging_as_json(file, staging, scored, paths):
     return dict(file=str(file), stages=staging.table.stage.tolist(), channels_used=used.tolist(),
                 statistics={k: _number(v) for k,v in staging.statistics.items()}, agreement=_agreement(staging),
                 hypnogram=scored and str(scored), onset=staging.onset, weights=staging.weights,
-                notes=[*staging.notes, *filter(None, [staging.statistics_note])], written=[*map(str, paths)])
+                notes=[*staging.notes, *filter(None, [staging.statistics_note, staging.agreement_note])],
+                written=[*map(str, paths)])
 
 _KEY = dict(TST='min', SE='%', SOL='min', WASO='min', Lat_REM='min')
 
@@ -657,15 +714,17 @@ def _staging_as_text(staging, scored, paths):
     if found := _agreement(staging):
         scores = ', '.join(f'{_SCORES[k]} {_cells(dict(value=found[k], low=None, high=None))[0]}' for k in list(found)[:3])
         more.append(f'  agreement with {scored}: {scores}, over {plural(found["epochs"], "epoch")}')
+        more += [f'  note: {o}' for o in [staging.agreement_note] if o]
     lines = repr(staging).splitlines()
     at = len(lines) - len(staging.notes)
     return '\n'.join([*lines[:at], *more, *lines[at:], f'  written: {", ".join(map(str, paths))}'])
 
-# %% ../nbs/640_cli.ipynb #8f00c0c2
+# %% ../nbs/640_cli.ipynb #015a6f5c
 @app.command(epilog='''\b
 Examples:
   sleepnb stage night.edf --weights stager.safetensors --report
   sleepnb stage nights/*.edf --out staged --smooth
+  sleepnb stage day.edf --start 22:30 --stop 7:00
   sleepnb stage 1.rec --hypnogram 1_1.txt --vocabulary isruc
   sleepnb stage home.edf --channels C3-M2,E1-M2 --alias "Ch 1=C3-M2" --alias "Ch 2=E1-M2"''')
 def stage(
@@ -678,6 +737,9 @@ def stage(
         'there and that the weights can use.')]=None,
     channels:Annotated[str|None, typer.Option(metavar='NAMES', help='Only these, with commas: C3-M2,E1-M2.')]=None,
     alias:Annotated[list[str]|None, _alias]=None,
+    start:Annotated[str|None, typer.Option(metavar='TIME', help='Only a part of the recording, from here: a time of day '
+        '(22:30), or hours after the start of the recording (1.5).')]=None,
+    stop:Annotated[str|None, typer.Option(metavar='TIME', help='Only a part, to here.')]=None,
     smooth:Annotated[bool, typer.Option('--smooth', help='Take the likeliest path through the night.')]=False,
     unit:Annotated[str|None, typer.Option(metavar='UNIT', help='uV, mV or V, where the file is wrong about it.')]=None,
     vocabulary:Annotated[str|None, typer.Option(metavar='NAME', help='Of the hypnogram: whose numbers, if stages are numbers: '
@@ -704,13 +766,15 @@ def stage(
     if hypnogram and len(files) > 1:
         raise SleepnbError('one hypnogram belongs to one recording', where=hypnogram, found=plural(len(files), 'recording'))
     how = dict(modalities=_names(modalities), channels=_names(channels), smooth=smooth, aliases=_aliases(alias), unit=unit)
+    moments = [None if t is None else _moment(t, o) for t,o in ((start, '--start'), (stop, '--stop'))]
     places,stager,failed,some = _places(files, out.expanduser(), kind, report), Stager.load(weights), 0, False
     for i,(file,paths) in enumerate(places.items()):
         if len(files) > 1 and sys.stderr.isatty(): _say(f'{i + 1} of {len(files)}, {file}')
         written = []
         try:
-            staging,scored = _staged(stager, file, hypnogram, (vocabulary, column), how)
+            staging,scored = _staged(stager, file, hypnogram, (vocabulary, column), how | _part(file, *moments))
             written.append(staging.write(paths[0], force))
+            if kind == 'bids': written.append(paths[0].with_suffix('.json'))
             if report: written.append(_write_report(staging, paths[1], file, how, force))
         except Exception as error:
             if os.environ.get('SLEEPNB_DEBUG'): raise
@@ -755,7 +819,7 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #db1b7975
+# %% ../nbs/640_cli.ipynb #381bac63
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
@@ -773,7 +837,8 @@ def recipe(
     name:Annotated[str, typer.Argument(metavar='RECIPE', help='A table, such as mtssrl-table4; sleepnb runs lists them.')],
     scale:Annotated[_Scale, _scale]=_Scale.small,
     out:Annotated[Path, _runs]=Path('runs'),
-    jobs:Annotated[int, typer.Option('--jobs', metavar='N', help='Trainings side by side; -1 is one per core.')]=1,
+    jobs:Annotated[int, typer.Option('--jobs', metavar='N', callback=_checked_jobs,
+                                     help='Trainings side by side; -1 is one per core.')]=1,
     backend:Annotated[_Backend, typer.Option('--backend', help='loky: this machine; dask: a cluster.')]=_Backend.loky,
     scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Of Dask: tcp://login1:8786, or the file that '
         'dask scheduler --scheduler-file FILE.json writes.')]=None,

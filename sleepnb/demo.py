@@ -226,7 +226,7 @@ def _agree(nights:dict[str, Staging])->pd.DataFrame: # as from `_compare`
     return pd.DataFrame([dict(data=nights[k].name, network=k, metric=m, value=a[m], people=1, epochs=a['epochs'])
                          for k,a in found.items() for m in METRICS])
 
-# %% ../nbs/635_demo.ipynb #2e6ebed6
+# %% ../nbs/635_demo.ipynb #4246c545
 def _picture(
     fig:Figure,
     text:str,   # what it shows, for those who do not see it
@@ -243,7 +243,8 @@ _STYLE = '''body{font:1rem/1.5 system-ui,sans-serif;max-width:54rem;margin:2rem 
 h1,h2{line-height:1.2}h2{margin-top:2.2rem}figure{margin:1rem 0;overflow-x:auto}img{width:100%;min-width:34rem}
 figcaption{font-size:.85rem;color:#555}.table{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem 1rem .25rem 0;text-align:left;border-bottom:1px solid #ddd}
-.numbers td{white-space:nowrap}.numbers :is(th,td):not(:first-child){text-align:right}'''
+.numbers td{white-space:nowrap}.numbers :is(th,td):not(:first-child){text-align:right}
+@media(max-width:40rem){.table{font-size:.8rem}th,td{padding-right:.4rem}.numbers td{white-space:normal}}''' # on a telephone
 
 def _page(title, parts):
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing may be fetched
@@ -252,7 +253,7 @@ def _page(title, parts):
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{html.escape(title)}</title>'
             f'<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n' + '\n'.join(parts) + '\n</body></html>\n')
 
-# %% ../nbs/635_demo.ipynb #43dd428d
+# %% ../nbs/635_demo.ipynb #7b2113e2
 def _draw_montages():
     fig = Figure(figsize=(8.4, 3), layout='constrained')
     for ax,(cohort,(channels,_)) in zip(fig.subplots(1, len(MONTAGES)), MONTAGES.items()):
@@ -290,11 +291,12 @@ def _draw_nights(nights):
     return fig
 
 def _draw_confusions(
-    pairs:dict, # title → true stages, stages
+    pairs:dict,      # title → true stages, stages
+    true:str='true', # what the former are called
 ):
     fig = Figure(figsize=(3.6*len(pairs), 4.1), layout='constrained')
-    for ax,(title,(true,pred)) in zip(np.ravel(fig.subplots(1, len(pairs))), pairs.items()):
-        plot_confusion(confusion(true, pred), ax)
+    for ax,(title,(was,pred)) in zip(np.ravel(fig.subplots(1, len(pairs))), pairs.items()):
+        plot_confusion(confusion(was, pred), ax, true)
         ax.set_title(title, fontsize='medium')
     return fig
 
@@ -325,7 +327,7 @@ def verdict(
     if high < 0: return 'The interval lies below zero: for these people, pretraining did harm.'
     return 'The interval has zero within it: these people do not decide whether pretraining helped.'
 
-# %% ../nbs/635_demo.ipynb #1c36308f
+# %% ../nbs/635_demo.ipynb #2c06d89d
 def _intro(scale):
     return [_text('What sleepnb does, once and in small, on this machine. For research: sleepnb is not a medical device.'),
         _text('The nights of the cohorts S, I and A are simulated: nobody slept them. One night is real: recording SC4001E0 of',
@@ -379,7 +381,7 @@ def _on_real_night(nights, results, about):
               'One night of one person says little about a network.'),
         _score_table(results), _text(_gained(results)),
         _picture(_draw_nights(nights), 'Stages over the night. Grey: the scorer. Black, below: epochs in which both differ.'),
-        _picture(_draw_confusions({NETWORKS[k]: (n.reference, n.stages) for k,n in nights.items()}),
+        _picture(_draw_confusions({NETWORKS[k]: (n.reference, n.stages) for k,n in nights.items()}, 'scorer'),
                  'Epochs of the real night: stage of the scorer, and what each network took it for.')]
 
 _LEFT = [['weights.safetensors', 'the fine-tuned network; sleepnb stages with it'],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['export_onnx']
 
-# %% ../nbs/605_export.ipynb #941e7b7c
+# %% ../nbs/605_export.ipynb #1af84324
 import json
 import warnings
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from . import __version__
 from .core import EPOCH_SEC, MontageError, SleepnbError, Stage, unwritable, write_whole
 from .data.preprocess import FS
 from .models.layers import ConvBlock
-from .montage import parse_channel
+from .montage import _some, parse_channel
 from .multimodal.sleepsmc import SleepSMC, has_signal
 from .stager import _HERE, Stager, _for_montage
 
@@ -78,7 +78,7 @@ class _Probabilities(nn.Module):
         mean = each.sum(0) / known.sum(0).clamp(min=1)[:, None]
         return torch.where(whole[:, None], fused, mean) if network.head else mean
 
-# %% ../nbs/605_export.ipynb #8e341c42
+# %% ../nbs/605_export.ipynb #013372a2
 def _montage(
     stager:Stager,
     channels:Iterable[str]|None,
@@ -88,12 +88,17 @@ def _montage(
         known = {k: [c for c in v if parse_channel(c).modality in stager.modalities] for k,v in stager.montages.items()}
         channels,*others = known.values()
         if any(o != channels for o in others):
-            raise MontageError('the network was trained on several montages', where=stager.name, remedy='Name the channels.',
-                               found='; '.join(f'{k}: {", ".join(v)}' for k,v in known.items()))
+            raise MontageError('the network was trained on several montages', where=stager.name,
+                               found='; '.join(f'{k}: {_some(v)}' for k,v in known.items()),
+                               remedy='Name channels that it is for, with channels=.')
         may = stager._chosen(modalities)
         channels = [c for c in channels if parse_channel(c).modality in may]
     wanted = [parse_channel(c).name for c in channels]
-    found,cohort = stager.choose(wanted, modalities, channels=wanted if stager.any_montage else None, where=stager.name)
+    try: found,cohort = stager.choose(wanted, modalities, channels=wanted if stager.any_montage else None)
+    except MontageError as error: # which speaks of a recording
+        error.what = error.what.replace('the recording lacks channels', 'these lack channels')
+        error.where,error.remedy = stager.name, 'Name others, with channels=.'
+        raise
     names = [d.got.name for d in found.derivations]
     if sorted(names) != sorted(wanted):
         raise MontageError('the network cannot take these channels as they are', where=stager.name,

@@ -179,7 +179,7 @@ def write_file(
         raise SleepnbError('the file cannot be written', where=path, found=error.strerror,
                            remedy='Name another place, or ask for the right to write there.') from error
 
-# %% ../nbs/580_hypnogram.ipynb #7edb5c80
+# %% ../nbs/580_hypnogram.ipynb #e161a7b5
 _SIDECAR = {
     'GeneratedBy': [dict(Name=STAGED)],
     'onset': dict(Description='Start of the epoch, from the start of the recording', Units='s'),
@@ -194,7 +194,7 @@ def _edf_bytes(
     start = start and start.replace(tzinfo=None)
     if start and not 1985 <= start.year <= 2084:
         raise SleepnbError('EDF has no such year', expected='1985 to 2084', found=str(start.year),
-                           remedy='A date that was moved for privacy can be moved again: start.replace(year=2000).')
+                           remedy='Write a table, which holds no date; or move the date, as is done for privacy.')
     notes = [EdfAnnotation(b.onset, b.duration, f'Sleep stage {b.stage}') for b in bouts(stages, epoch_sec, onset).itertuples()]
     who = Recording(startdate=start and start.date(), equipment_code=STAGED)
     made = BytesIO()

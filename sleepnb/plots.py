@@ -52,7 +52,7 @@ def _time_axis(ax, edges, start, epoch_sec):
         ax.set_xlabel('time of day')
     if len(ax.get_shared_x_axes().get_siblings(ax)) > 1 and ax.get_subplotspec(): ax.label_outer()
 
-# %% ../nbs/590_plots.ipynb #0dd87250
+# %% ../nbs/590_plots.ipynb #446c94f5
 _ROW = {stage: row for row,stage in enumerate(_FROM_TOP)}
 
 def _rows(codes): # stage codes → rows from the top, nan for unscored
@@ -65,7 +65,7 @@ def _scored(stages, name): # a row of stage codes that is not empty
 
 def plot_hypnogram(
     stages,                   # stage codes, `(epochs,)`; −1 for unscored, which stays empty
-    reference=None,           # another hypnogram of the same epochs
+    reference=None,           # another hypnogram of the same epochs, of a scorer
     start:datetime|None=None, # of the first epoch, for clock time
     epoch_sec=EPOCH_SEC,      # length of an epoch, seconds
     ax=None,                  # matplotlib axes; a new figure if none is given
@@ -99,7 +99,7 @@ def _draw_reference(ax, codes, reference, edges):
     if conf.sum():
         scores = agreement(conf)
         said = f'{scores["accuracy"]:.0%} of {plural(conf.sum(), "epoch")}, κ {scores["kappa"]:.2f}'
-        ax.set_title(f'agrees with the reference in {said}', fontsize='medium', loc='right')
+        ax.set_title(f'agrees with the scorer in {said}', fontsize='medium', loc='right')
 
 # %% ../nbs/590_plots.ipynb #a6ae9166
 def plot_hypnodensity(
@@ -168,10 +168,12 @@ def plot_spectrogram(
     _time_axis(ax, edges, start, epoch_sec)
     return ax if stages is None else axes
 
-# %% ../nbs/590_plots.ipynb #5bb31a3e
+# %% ../nbs/590_plots.ipynb #67306744
 def plot_confusion(
-    conf,     # epochs, `(5, 5)`: true × predicted, as from `confusion`
-    ax=None,  # matplotlib axes; a new figure if none is given
+    conf,             # epochs, `(5, 5)`: true × predicted, as from `confusion`
+    ax=None,          # matplotlib axes; a new figure if none is given
+    true='true',      # whose stages the rows are
+    pred='predicted', # and the columns
 ):
     """Draws a confusion matrix: epochs, and their share of the true stage.
 
@@ -188,7 +190,7 @@ def plot_confusion(
         text = f'{n:,}\n{share[i, j]:.0%}' if n else '0' if whole[i] else '–'
         ax.text(j, i, text, ha='center', va='center', fontsize='small', color='white' if share[i, j] > .5 else 'black')
     ax.spines[:].set_visible(False)
-    ax.set(xticks=range(5), xticklabels=labels, yticks=range(5), yticklabels=labels, xlabel='predicted', ylabel='true')
+    ax.set(xticks=range(5), xticklabels=labels, yticks=range(5), yticklabels=labels, xlabel=pred, ylabel=true)
     ax.tick_params(length=0)
     return ax
 

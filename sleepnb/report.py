@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['html_table', 'write_report']
 
-# %% ../nbs/630_report.ipynb #c75b6eac
+# %% ../nbs/630_report.ipynb #d919839c
 import re
 from collections import Counter
 from datetime import timedelta
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from . import __version__
 from .core import Modality, RecordingError, SleepnbError, Stage, plural
-from .data.psg import Night
+from .data.psg import Night, usable_names
 from .hypnogram import write_file
 from .metrics import agreement, confusion
 from .montage import resolve_montage
@@ -46,7 +46,7 @@ def _svg(
     svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r'(\.\d)\d+', r'\1', m[0]), svg)      # a tenth of a point is enough
     return f'<svg role="img" aria-label="{escape(label)}"' + svg
 
-# %% ../nbs/630_report.ipynb #0b9e66a2
+# %% ../nbs/630_report.ipynb #cf50e433
 def _spectrogram_of(
     staging:Staging,
     recording,                # as for `write_report`
@@ -57,19 +57,21 @@ def _spectrogram_of(
     names = [n for m in (Modality.EEG, Modality.EOG) for n in used.channel[used.modality == m]]
     if not names: return None
     (source,name),n = open_source(recording, unit), len(staging.stages)
-    held = int((source.duration - staging.onset + 1e-3) // staging.epoch_sec)
+    end = min(staging.part[1], source.duration) if staging.part else source.duration
+    held = int((end - staging.onset + 1e-3) // staging.epoch_sec)
     if (held, name, source.start) != (n, staging.name, staging.start):
         raise RecordingError('this is not the recording that was staged', where=source.where,
             expected=f'{plural(n, "epoch")} of {staging.name}, start {staging.start}',
             found=f'{held} of {name}, start {source.start}', remedy='Give that one, or none.')
-    terms = resolve_montage(source.names, names[:1], aliases, source.where).derivations[0].terms
+    there,_ = usable_names(source, names[:1], aliases)                     # C3 alone, where M2 was left out
+    terms = resolve_montage(there, names[:1], aliases, source.where).derivations[0].terms
     x,fs = read_terms(source, terms, {}, (staging.onset, n))
     words,per = signal_quality(x, fs, n_epochs=n), round(staging.epoch_sec * fs)
     x = np.pad(x, (0, max(0, n*per - len(x))), constant_values=np.nan)[:n*per].reshape(n, per)
     empty = np.isin(words, ('flat', 'missing'))
     return None if empty.all() else (names[0], np.where(empty[:, None], np.nan, x).ravel(), fs)
 
-# %% ../nbs/630_report.ipynb #6c76f440
+# %% ../nbs/630_report.ipynb #124bfc27
 def _night_pictures(
     staging:Staging,
     signal:tuple|None, # as `_spectrogram_of` gives it
@@ -85,7 +87,7 @@ def _night_pictures(
     label = 'Spectrogram, hypnogram and hypnodensity' if signal else 'Hypnogram and hypnodensity'
     wide,narrow = _svg(draw, (9, 2.1*sum(heights)), 10, label), _svg(draw, (4.3, 1.9*sum(heights)), 8, label)
     above = f'The power of {escape(signal[0])} over frequency and time. ' if signal else ''
-    scorer = ', over that of a scorer in grey' if staging.reference is not None else ''
+    scorer = ', over that of the scorer in grey' if staging.reference is not None else ''
     return (f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div><figcaption>{above}'
             f'The hypnogram{scorer}. The probability of each stage.</figcaption></figure>')
 
@@ -138,18 +140,20 @@ def _channels(staging:Staging)->str:
     return (f'<p>{text} A channel counts only in epochs in which it is good.</p>'
             + html_table(['used', 'measures', 'from', 'epochs'], rows) + left * bool(len(rest)))
 
-# %% ../nbs/630_report.ipynb #7bd4d013
+# %% ../nbs/630_report.ipynb #ea58f4c0
 def _agreement(staging:Staging)->str:
     conf = confusion(staging.reference, staging.stages)
     if not conf.sum(): return '<p>No epoch has a stage here and one of the scorer.</p>'
     scores = agreement(conf)
     names = dict(kappa='κ', macro_f1='macro-F1', accuracy='accuracy')
     text = ', '.join(f'{name} {_fixed(scores[k], 3)}' for k,name in names.items())
+    file = escape(f' ({staging.scorer})' if staging.scorer else '')
     rows = [(s.label, _fixed(scores[f'f1_{s.label}'], 3), conf[s].sum(), conf[:, s].sum()) for s in Stage]
-    picture = _svg(lambda fig: plot_confusion(conf, fig.subplots()), (4, 3.6), 10, 'Confusion matrix')
+    picture = _svg(lambda fig: plot_confusion(conf, fig.subplots(), 'scorer', 'here'), (4, 3.6), 10, 'Confusion matrix')
     table = html_table(['stage', 'F1', 'epochs of the scorer', 'epochs here'], rows, 'numbers')
-    caption = 'Epochs, and their share of the scorer’s stage (true).'
-    return (f'<p>{text}, over {plural(conf.sum(), "epoch")}.</p>{table}'
+    caption = 'Epochs, and their share of the scorer’s stage.'
+    note = (o := staging.agreement_note) and f' {o[0].upper()}{o[1:]}.'
+    return (f'<p>{text}, over {plural(conf.sum(), "epoch")} of the scorer{file}.{note}</p>{table}'
             f'<figure class="small">{picture}<figcaption>{caption}</figcaption></figure>')
 
 # %% ../nbs/630_report.ipynb #0a1f50ca
@@ -176,15 +180,16 @@ dt { color: var(--soft) } dd { margin: 0 }
 '''
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-# %% ../nbs/630_report.ipynb #dbfa66f6
+# %% ../nbs/630_report.ipynb #c11fb39e
 def _facts(staging:Staging)->str:
     n,used = len(staging.stages), staging.channels[staging.channels.used]
     hours,minutes = divmod(n * staging.epoch_sec / 60, 60)
     facts = {'Recording': staging.name, 'Start': staging.start and f'{staging.start:%Y-%m-%d %H:%M:%S}' or 'not known',
              'Staged': f'{plural(n, "epoch")} of {staging.epoch_sec:g} s, {hours:.0f} h {minutes:g} min'
-                       + (f', from {staging.onset:g} s after the start' if staging.onset else ''),
+                       + (f', from {staging.onset:g} s after the start' if staging.onset else '')
+                       + (f'; a part of the recording, {staging.span}' if staging.part else ''),
              'Channels': '; '.join(f'{m}: {", ".join(used.channel[used.modality == m])}' for m in staging.modalities),
-             'Weights': staging.weights or 'not named',
+             **({'Scorer': staging.scorer} if staging.scorer else {}), 'Weights': staging.weights or 'not named',
              'Stages': 'the likeliest path through the night (smoothed)' if staging.smoothed else 'the likeliest of each epoch'}
     return '<dl>' + ''.join(f'<dt>{k}</dt><dd>{escape(str(v))}</dd>' for k,v in facts.items()) + '</dl>'
 

@@ -1,5 +1,6 @@
 """The command as a shell runs it."""
 import io, json, os, shutil, signal, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from sleepnb import cli
 from sleepnb.callbacks import TerminalProgress
 from sleepnb.core import HypnogramError, RecordingError, SleepnbError, Stage
 from sleepnb.data.loaders import labelled_loaders
-from sleepnb.data.psg import describe, find_hypnogram, read_night, sample_files
+from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram, read_night, sample_files
 from sleepnb.data.splits import Split
 from sleepnb.data.store import EpochStore
 from sleepnb.learner import load_learner, predict_stages, saved_split
@@ -290,6 +291,12 @@ def test_fine_tuning_inherits_the_split(tuned, pretrained):
     before,after = (load_weights(p)[0].backbone.alignment.state_dict() for p in (pretrained, tuned))
     assert all(torch.equal(before[k], after[k]) for k in before)
 
+def test_what_was_fine_tuned_already_is_said_to_be(isruc, pretrained, tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, '_train', lambda *args, **how: None)
+    for weights,said in ((tuned, f'sleepnb: {tuned} can stage already: its encoder goes on from there, and its classifier begins anew\n'), (pretrained, '')):
+        done = call('finetune', isruc, '--weights', weights, '--out', tmp_path/'x.safetensors')
+        assert (done.returncode, done.stderr) == (0, said)
+
 def test_a_new_cohort_borrows_an_alignment(work, pretrained, tmp_path):
     done = call('finetune', work/'store-sleep-edf', '--weights', pretrained, '--out', out := tmp_path/'x.safetensors', '--passes', 1,
                 '--steps', 1, '--heads-of', 'isruc-s3-simulated')
@@ -371,6 +378,8 @@ def test_a_training_that_was_cut_off_before_its_weights_were_written_goes_on(cas
     with monkeypatch.context() as patch:
         patch.setattr('sleepnb.learner.save_learner', press_ctrl_c)
         assert call(*command).returncode == 130 and [p.name for p in tmp_path.iterdir()] == ['x.checkpoint.safetensors']
+    done = call(*command, '--lr', 1e-4)
+    assert 'the checkpoint is of another training (found another training: other learning rate' in done.stderr and 'hypers' not in done.stderr
     done = call(*command)
     assert done.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ['x.safetensors'], done.stderr
 
@@ -552,7 +561,9 @@ def test_info_and_stage_read_the_same_stages(shelf, tmp_path):
 
 @pytest.mark.parametrize('kind,name', [('tsv', 'night_stages.tsv'), ('bids', 'night_desc-stages_events.tsv'), ('edf', 'night_stages.edf')])
 def test_stage_in_other_formats(shelf, tmp_path, kind, name):
-    for _ in range(2): assert stage(shelf, '@night.edf', '--format', kind, '--out', tmp_path).returncode == 0
+    for _ in range(2):
+        done = stage(shelf, '@night.edf', '--format', kind, '--out', tmp_path)
+        assert done.returncode == 0 and {*done.stdout.splitlines()[-1].removeprefix('  written: ').split(', ')} == {str(p) for p in tmp_path.iterdir()}
     assert {p.name for p in tmp_path.iterdir()} == {name, name.replace('.tsv', '.json') if kind == 'bids' else name}
 
 @pytest.mark.parametrize('theirs', ['night_desc-stages_events.tsv', 'night_desc-stages_events.json'])
@@ -608,7 +619,7 @@ def test_json_holds_what_the_text_says(shelf, tmp_path):
     assert (found['hypnogram'], found['onset'], found['weights']) == (str(tmp_path/'late.csv'), 5, 'toy.safetensors')
     assert found['written'] == [str(tmp_path/f'late_{o}') for o in ('stages.csv', 'report.html')]
     text = stage(shelf, tmp_path/'late.edf', '--out', tmp_path).stdout
-    assert found['notes'] and [line[8:] for line in text.splitlines() if line.startswith('  note: ')] == found['notes']
+    assert found['notes'] and sorted(line[8:] for line in text.splitlines() if line.startswith('  note: ')) == sorted(found['notes'])
     (tmp_path/'late.csv').unlink()
     found = json.loads(stage(shelf, tmp_path/'late.edf', '--out', tmp_path/'new', '--json').stdout)
     assert found['hypnogram'] is None and found['onset'] == 0
@@ -621,6 +632,41 @@ def test_statistics_of_a_day_are_not_those_of_a_night(shelf, tmp_path):
         there = 'The statistics are of all 13.0 h, not of a night' in (tmp_path/f'{name}_report.html').read_text()
         assert done.returncode == 0 and (len(said), there) == ((1, True) if hours == 13 else (0, False))
     assert done.stdout.splitlines()[said[0] - 1].startswith('  TST ')
+
+def test_a_part_of_the_day(shelf, tmp_path):
+    "From 23:59:00 on: a part by the clock, the same in hours, and what is none."
+    write_edf(tmp_path/'day.edf', ['EEG C3-A2', 'EMG Chin'], 1200, white=False)
+    write_edf(tmp_path/'timeless.edf', ['EEG C3-A2', 'EMG Chin'], 1200, white=False)
+    with (tmp_path/'day.edf').open('r+b') as f:
+        f.seek(168)
+        f.write(b'01.02.2023.59.00')
+    for args,first,n in ((('--start', '0:03', '--stop', '00:10:30'), 240, 15), (('--start', '.1'), 360, 28), (('--stop', '0:09'), 0, 20)):
+        for kind,name in (('csv', 'day_stages.csv'), ('bids', 'day_desc-stages_events.tsv'), ('edf', 'day_stages.edf')):
+            done = stage(shelf, tmp_path/'day.edf', *args, '--out', tmp_path/'new', '--force', '--format', kind, '--report', '--json')
+            assert done.returncode == 0, done.stderr
+            h,found = read_hypnogram(tmp_path/'new'/name), json.loads(done.stdout)
+            assert (h.onset[0], h.onset[-1] + h.duration[-1]) == (first, first + 30*n) and len(found['stages']) == n
+            assert found['onset'] == first and found['notes'][-1].startswith('the statistics are of a part of the recording')
+        assert 'a part of the recording' in (tmp_path/'new'/'day_report.html').read_text()
+    for file,args,why in (('day', ('--start', '0:10', '--stop', '0:03'), 'this is no part'), ('day', ('--stop', '9'), 'found --stop 9)'),
+                          ('day', ('--start', '23:58'), '(23:59:00 to 00:19:00), that ends after it begins; found --start 23:58:00)'),
+                          ('day', ('--start', 'dusk'), 'this is no time'), ('timeless', ('--start', '0:10'), 'does not say when it starts')):
+        done = stage(shelf, tmp_path/f'{file}.edf', *args, '--out', tmp_path/'none')
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and why in done.stderr and not (tmp_path/'none').exists()
+
+def test_macro_f1_says_which_stages_are_in_neither_hypnogram(shelf, tmp_path, monkeypatch):
+    "Two stages, all of them right: κ is 1, and the mean of five F1 is 2/5."
+    whole = Stager.stage
+    def right(self, file, **how):
+        found = whole(self, file, **how)
+        return replace(found, stages=found.reference, prob=np.eye(5)[found.reference])
+    monkeypatch.setattr(Stager, 'stage', right)
+    done = stage(shelf, '@night.edf', '--hypnogram', '@scored.csv', '--out', tmp_path, '--report')
+    said = 'acro-F1 is over five stages; without N1 and N3 and R, in neither hypnogram and counted as 0, it is 1.000'
+    assert 'κ 1.000, macro-F1 0.400, accuracy 1.000, over 3 epochs\n' in done.stdout and said in done.stdout
+    assert said in (tmp_path/'night_report.html').read_text()
+    (tmp_path/'all.csv').write_text('onset,duration,stage\n0,30,W\n30,30,N2\n60,30,N3\n')
+    assert 'without N1 and R, in neither' in stage(shelf, '@night.edf', '--hypnogram', tmp_path/'all.csv', '--out', tmp_path, '--force').stdout
 
 def test_stages_are_told_when_their_report_fails(shelf, tmp_path, monkeypatch):
     def full(path, content, replace): raise SleepnbError('the file cannot be written', where=path, found='No space left on device')
@@ -636,6 +682,28 @@ def test_one_is_no_plural(shelf, tmp_path):
     for args in (('info', tmp_path/'one.edf'), ('stage', tmp_path/'one.edf', '--out', tmp_path, '--report', '--weights', shelf/'toy.safetensors')):
         assert '1 epoch' in (said := call(*args).stdout) and '1 epochs' not in said
     assert '1 epochs' not in (tmp_path/'one_report.html').read_text()
+
+def test_of_many_channels_the_first_are_named(shelf, tmp_path):
+    "A cap, a network of one, and weights of two montages."
+    cap = 'Fp1 Fpz Fp2 AF3 F7 F5 F3 F1 Fz F2 F4 F6 F8 FC3 FCz FC4 C3 C1 Cz C2 C4 CP3 CPz CP4 P3 Pz P4 PO3 O1 Oz O2'.split()
+    x = np.random.default_rng(0).normal(0, 20, 9500).clip(-99, 99)
+    Edf([EdfSignal(x, 100, label=n, physical_dimension='uV', physical_range=(-100, 100)) for n in cap]).write(tmp_path/'cap.edf')
+    save_weights(tmp_path/'cap.safetensors', StageNetwork(Backbone({'cap': cap, 'a': ['C3-M2']})))
+    few = 'Fp1, Fpz, Fp2, AF3, F7, F5, F3, F1, Fz, F2, F4, F6 and 19 more'
+    for args,why in ((('@night.edf', '--weights', tmp_path/'cap.safetensors', '--modalities', 'EEG', '--channels', 'C3'), f'(expected {few} or C3-M2'),
+                     ((tmp_path/'cap.edf', '--modalities', 'EMG'), f'that can be used (found {few})'),
+                     ((tmp_path/'cap.edf', '--alias', 'X=C3'), f'(expected {few}; found X)')):
+        args = args if '--weights' in args else (*args, '--weights', shelf/'toy.safetensors')
+        done = call('stage', *(str(a).replace('@', f'{shelf}/') for a in args), '--out', tmp_path/'new')
+        assert done.returncode == 2 and why in done.stderr, done.stderr
+    done = call('stage', shelf/'eyes.edf', '--weights', tmp_path/'cap.safetensors', '--out', tmp_path/'new')
+    assert f'(expected {few} or C3-M2; found EOG Left, EOG Right)' in done.stderr
+    done = call('stage', tmp_path/'cap.edf', '--weights', shelf/'fixed.safetensors', '--out', tmp_path/'new')
+    assert f'(expected C3-M2; found {few})' in done.stderr
+    done = call('export', tmp_path/'cap.safetensors', '--onnx', tmp_path/'x.onnx')
+    assert f'(found cap: {few}; a: C3-M2). Name channels that it is for, with --channels.' in done.stderr
+    done = call('export', tmp_path/'cap.safetensors', '--onnx', tmp_path/'x.onnx', '--channels', 'O1')
+    assert f'(expected {few} or C3-M2; found O1). Name others, with --channels.' in done.stderr and '--alias' not in done.stderr
 
 def test_stage_with_names_and_choices_of_ones_own(shelf, tmp_path):
     done = stage(shelf, '@lab.edf', '--alias', 'one=C3-M2', '--alias', 'two=E1-M2', '--out', tmp_path, '--report', '--smooth', '--json')
@@ -695,6 +763,7 @@ STAGE_WRONG = { # why → what follows `sleepnb stage`; --weights are added
     'none.edf: there is no such file': ['@none.edf', *NEW],
     'this is a folder, not a file': ['@', *NEW],
     'text.edf: the file cannot be read': ['@text.edf', *NEW],
+    'If this is the hypnogram, name its recording': ['@numbers.txt', *NEW],
     'empty.edf: ': ['@empty.edf', *NEW],
     'cut.edf: the file is shorter than its header says': ['@cut.edf', *NEW],
     'this file holds no signals': [str(sample_files()[1]), *NEW],
@@ -707,7 +776,7 @@ STAGE_WRONG = { # why → what follows `sleepnb stage`; --weights are added
     'the channels of this network cannot be chosen': ['@night.edf', '--channels', 'C3', *NEW, '--weights', '@fixed.safetensors'],
     'the recording lacks channels that the network was trained on': ['@eyes.edf', *NEW, '--weights', '@fixed.safetensors'],
     'this unit is not known': ['@night.edf', '--unit', 'kV', *NEW],
-    'for example --unit "V" or --unit "uV".': ['@night.edf', '--unit', 'V', *NEW],
+    'Leave --unit "V" out, or give another of uV, mV and V.': ['@night.edf', '--unit', 'V', *NEW],
     'lab.edf: there is no channel of this name (expected one, two; found Ch 9)': ['@lab.edf', '--alias', 'one=C3-M2', '--alias', 'Ch 9=C4-M1', *NEW],
     'an alias has two sides': ['@lab.edf', '--alias', 'one', *NEW],
     "'xml' is not one of": ['@night.edf', '--format', 'xml', *NEW],
@@ -776,7 +845,7 @@ def test_an_exported_network_gives_the_probabilities_that_are_evaluated(isruc, t
 
 def test_export_takes_the_weights_that_come_along(tmp_path):
     done = call('export', '--onnx', tmp_path/'own.onnx')
-    assert done.returncode == 2 and 'Name the channels.' in done.stderr and 'there is no such file' not in done.stderr
+    assert done.returncode == 2 and 'with --channels.' in done.stderr and 'there is no such file' not in done.stderr
     done = call('export', '--onnx', tmp_path/'own.onnx', '--channels', 'C3-M2')
     held = onnxruntime.InferenceSession(tmp_path/'own.onnx').get_modelmeta().custom_metadata_map
     assert done.returncode == 0 and held['weights'].startswith('the weights that come with sleepnb') and json.loads(held['channels']) == ['C3-M2']
@@ -833,6 +902,9 @@ WRONG = { # why → command; @ is the folder of the files
     'takes no such option (found --alias)': ['prepare', *FILES, '@new', '--alias', 'X9=Chin'],
     'jobs is a number of processes': ['prepare', *FILES, '@new', '--jobs', '0'],
     'several files could be the hypnogram': ['prepare', 'folder', *FILES[1:], '@new'],
+    'or -1 for one per core; found --jobs -5': ['simulate', 'isruc-s3', '@new', '--jobs', '-5'],
+    'or -1 for one per core; found --jobs -2': ['prepare', *FILES, '@new', '--jobs', '-2'],
+    'or -1 for one per core; found --jobs 0': ['run', 'mtssrl-table4', '--out', '@new', '--jobs', '0'],
     "Missing option '--out'": ['pretrain', ISRUC],
     'found no such folder': ['pretrain', '@none', *OUT],
     'this is no store': ['pretrain', '@isruc-s3', *OUT],
@@ -853,7 +925,7 @@ WRONG = { # why → command; @ is the folder of the files
     'cut.safetensors: the file is damaged': ['finetune', ISRUC, '--weights', '@cut.safetensors', *OUT],
     '--heads-of isruc-s3-simulated': ['finetune', SLEEP, *FROM, *OUT],
     'found mass': ['finetune', SLEEP, *FROM, *OUT, '--heads-of', 'mass'],
-    '5 % is 0.05': ['finetune', ISRUC, *FROM, *OUT, '--labels', '5'],
+    '--labels is a share of the labels (expected more than 0, at most 1; found 5.0). 5 % is 0.05.': ['finetune', ISRUC, *FROM, *OUT, '--labels', '5'],
     'the model has already seen 3 of 3 test subjects': ['finetune', ISRUC, *FROM, *OUT, '--split', '@other.json'],
     'there are other weights already': ['finetune', ISRUC, *FROM, '--out', FROM[1]],
     "No such command 'dreams'": ['train', 'dreams', ISRUC, *OUT],
@@ -869,6 +941,7 @@ WRONG = { # why → command; @ is the folder of the files
     "Invalid value for '--hide'": ['train', 'sleepsmc', ISRUC, *OUT, '--primary', 'all', '--hide', '1'],
     "Missing argument 'STORE...'": ['train', 'featurenet', *OUT],
     'another training: other passes': ['train', 'featurenet', SLEEP, '--modalities', 'EEG', '--out', '@made/quick.safetensors', '--passes', '3'],
+    'another training: other learning rate': ['train', 'featurenet', SLEEP, '--modalities', 'EEG', '--out', '@made/quick.safetensors', '--passes', '1', '--lr', '.5'],
     'no backbone to fine-tune': ['finetune', ISRUC, '--weights', '@made/all.safetensors', *OUT],
     'filtered differently from those that the weights know': ['evaluate', '@renamed', '--weights', '@made/quick.safetensors'],
     'no modalities to choose from': ['evaluate', ISRUC, '--weights', '@made/tuned.safetensors', '--subsets'],
@@ -876,7 +949,7 @@ WRONG = { # why → command; @ is the folder of the files
     'a file such as stager.onnx': ['export', '@made/tuned.safetensors', '--onnx', '@x.safetensors'],
     'weights.safetensors: there is no such file': ['export', '@weights.safetensors', *ONNX],
     'this network does not stage': ['export', '@made/pretrained.safetensors', *ONNX],
-    'channels that the network was trained on': ['export', '@made/tuned.safetensors', *ONNX, '--channels', 'Fpz-Cz'],
+    'these lack channels that the network was trained on': ['export', '@made/tuned.safetensors', *ONNX, '--channels', 'Fpz-Cz'],
     'does not stage with these modalities': ['export', '@made/tuned.safetensors', *ONNX, '--modalities', 'EOG'],
     'no split is noted': ['evaluate', ISRUC, '--weights', '@bare.safetensors']}
 

@@ -88,6 +88,12 @@ def test_the_report_fetches_nothing_and_says_what_the_data_are(whole, browser, t
     assert [u for u in asked if not u.startswith('data:')] == [report.as_uri()] and not said
     assert page.evaluate('document.documentElement.scrollWidth <= 360')                # no text is cut off on a telephone
     assert page.evaluate('[...document.images].every(i => i.complete && i.naturalWidth > 100 && i.alt)')
+    results = pd.read_csv(whole[0]/'results.csv')
+    wide = results[results.data == results.data.iloc[0]].assign(value=-.123, low=-.234, high=-.012) # a smoke test has no intervals
+    (tmp_path/'wide.html').write_text(demo._page('wide', [demo._score_table(wide)]))
+    for path in (report, tmp_path/'wide.html'):
+        page.goto(path.as_uri())
+        assert page.evaluate('[...document.querySelectorAll(".table")].every(o => o.scrollWidth <= o.clientWidth)')
     page.close()
 
 def test_killed_and_given_again_it_ends_as_if_nothing_had_happened(whole, tmp_path):

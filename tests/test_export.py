@@ -127,7 +127,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, 
 
 def test_channels_that_do_not_fit(stager, tmp_path, traced):
     cam = Stager(SleepSMC(dict(home=HOME), TWO, None, 'cam'))
-    for s,channels,why in ((stager, ['E1-M2'], 'lacks channels'), (cam, ['Fpz-Cz', 'Fpz-Cz'], 'asked for once'), (cam, ['Fpz-Cz', 'ECG'], 'cannot take these'),
+    for s,channels,why in ((stager, ['E1-M2'], 'lack channels'), (cam, ['Fpz-Cz', 'Fpz-Cz'], 'asked for once'), (cam, ['Fpz-Cz', 'ECG'], 'cannot take these'),
                            (cam, ['X9'], 'is not an electrode'), (Stager(SleepSMC(BOTH, TWO, None)), None, 'several montages')):
         with pytest.raises(MontageError, match=why): export_onnx(s, tmp_path/'x.onnx', channels)
     with pytest.raises(SleepnbError, match='does not stage with these modalities'): export_onnx(cam, tmp_path/'x.onnx', modalities=['EMG'])

@@ -94,6 +94,23 @@ def test_odd_nights(staging, tmp_path, change):
         assert ('No epoch has a stage here and one of the scorer.' in read.texts) == (reference < 0).all()
     for note in change.get('notes', ()): assert note in read.texts
 
+def test_macro_f1_over_stages_that_occur(staging, tmp_path):
+    "One stage wrong once, one stage in neither: F1 by hand."
+    reference = np.where(STAGES == 3, -1, STAGES).astype(np.int8)                # N3 of the network is compared with nothing
+    text = ' '.join(Reader(write_report(replace(staging, reference=reference), tmp_path/'a.html')).texts)
+    assert 'macro-F1 0.800' in text and 'Macro-F1 is over five stages; without N3, in neither hypnogram and counted as 0, it is 1.000.' in text
+    assert 'neither' not in write_report(replace(staging, reference=STAGES), tmp_path/'b.html').read_text()
+
+def test_the_scorer_is_called_so_and_named(staging, tmp_path):
+    full = replace(staging, reference=STAGES[::-1].copy(), scorer='anna & bo.csv')
+    page = write_report(full, tmp_path/'a.html')
+    read = Reader(page)
+    assert read.texts[read.texts.index('Scorer') + 1] == 'anna & bo.csv' and 'over 40 epochs of the scorer (anna & bo.csv).' in ' '.join(read.texts)
+    words = re.findall(r'<text[^>]*>([^<]*)</text>', page.read_text())
+    assert 'scorer' in words and any(w.startswith('agrees with the scorer in') for w in words)
+    assert not {'true', 'predicted'} & {*words} and 'reference' not in page.read_text() and '(true)' not in page.read_text()
+    assert 'Scorer' not in Reader(write_report(staging, tmp_path/'b.html')).texts
+
 def test_one_epoch(staging, tmp_path):
     one = replace(staging, stages=STAGES[:1], prob=staging.prob[:1], quality=staging.quality[:1])
     assert '1 epoch of 30 s' in ' '.join(Reader(write_report(one, tmp_path/'a.html')).texts)

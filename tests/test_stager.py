@@ -12,14 +12,14 @@ from edfio import Edf, EdfSignal
 from scipy.signal import resample_poly
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
-from sleepnb.core import MontageError, RecordingError, SleepnbError, WeightsError
+from sleepnb.core import HypnogramError, MontageError, RecordingError, SleepnbError, WeightsError
 from sleepnb.data.preprocess import filter_resample, robust_stats, to_epochs
 from sleepnb.data.psg import Hypnogram, Night, align, read_hypnogram, read_night, sample_files
-from sleepnb.hypnogram import smooth_stages
+from sleepnb.hypnogram import smooth_stages, write_stages
 from sleepnb.models.network import Backbone, StageNetwork
 from sleepnb.montage import POSITIONS, parse_channel
 from sleepnb.multimodal.sleepsmc import SleepSMC, SleepSMCLoss
-from sleepnb.report import write_report
+from sleepnb.report import _spectrogram_of, write_report
 from sleepnb.ssrl.mtssrl import MTSSRL
 from sleepnb.stager import EEG_SITES, Stager, signal_quality
 from sleepnb.synth import synth_hypnogram, synth_night
@@ -207,12 +207,34 @@ def test_channels_marked_bad_or_not_in_volts_are_left_out(stager, x):
     raw.info['bads'] = NAMES
     with pytest.raises(RecordingError, match='no channel may be used'): stager.stage(raw)
 
+@pytest.mark.parametrize('channels,bad,drawn', [(None, ['A1', 'A2'], 'C3'), (['C3-M2'], ['A2'], 'C3 − A2'), (['C3'], ['A1', 'A2'], 'C3'), (['C3'], [], 'C3 − A2')])
+def test_the_spectrogram_is_of_what_was_staged(stager, x, tmp_path, channels, bad, drawn):
+    "With the mastoids marked bad, C3 is staged alone."
+    raw = mne.io.RawArray(x * 1e-6, mne.create_info(NAMES, 200, ['eeg']*4 + ['eog']*2 + ['emg']), verbose='error')
+    raw.info['bads'] = bad
+    found = stager.stage(raw, 'EEG', channels)
+    assert found.channels.details[0] == drawn
+    name,signal,fs = _spectrogram_of(found, raw, None, None)
+    assert name == found.channels.channel[0]
+    np.testing.assert_allclose(signal, x[0] - x[3] if '−' in drawn else x[0], atol=1e-3)
+
 def test_a_mastoid_at_its_end_spoils_what_is_made_with_it(x):
     "Difference and electrodes are both looked at."
     bad = x.copy()
     bad[3, 120000:] = np.sign(bad[3, 120000:]) * 3000
     found = Stager(SleepSMC({'home': HOME}, primary=None, channel_mode='cam')).stage(night(bad, NAMES), ['EEG'])
     assert list(found.channels.set_index('channel').epochs_clipped[['C3-M2', 'C4-M1']]) == [20, 0]
+
+@pytest.mark.parametrize('fs', [100, 200, 512])
+def test_a_chin_electrode_that_came_off(fs):
+    "White noise or hum, with its harmonics, far above muscle; and muscle itself, strong, or without a high-pass."
+    x,g = synth_night(['Chin'], n_epochs=40, fs=fs, seed=2).x[0], np.random.default_rng(0)
+    t,drift = np.arange(len(x)) / fs, np.cumsum(g.normal(0, .3, len(x)))
+    def noisy(x): return (signal_quality(x.astype(np.float32), fs, 'EMG') == 'noise').mean()
+    hum = 300*np.sin(2*np.pi*49.9*t) + (200*np.sin(2*np.pi*150*t) if fs > 300 else 0)
+    for wrong in (g.normal(0, 150, len(x)), x + g.normal(0, 150, len(x)), x + hum, hum + g.normal(0, 20, len(x)), hum + g.normal(0, 120, len(x))):
+        assert noisy(wrong) > .95
+    for right in (x, 5*x, x + drift, g.normal(0, 20, len(x))): assert noisy(right) == 0
 
 def test_quality_of_simulated_nights():
     made = synth_night(['C3-M2', 'O1-M2', 'HEOG', 'Chin'], 240, seed=5)
@@ -251,14 +273,21 @@ def test_nan_in_a_raw(stager, x):
     found = stager.stage(raw)
     assert list(np.flatnonzero(found.quality == 'missing')) == [20] and (found.stages == -1).sum() == 1
 
-def test_wrong_units(stager, x):
+def test_wrong_units(stager, x, tmp_path):
     info = mne.create_info(['C3', 'C4', 'A1', 'A2', 'E1', 'E2', 'Chin'], 200, 'eeg')
     raw = mne.io.RawArray(x.astype(float), info, verbose='error')               # microvolts where mne has volts
     with pytest.raises(RecordingError, match='cannot be in microvolts'): stager.stage(raw)
-    with pytest.raises(RecordingError, match='cannot be in microvolts.*unit="V"'): stager.stage(raw)
+    with pytest.raises(RecordingError, match='cannot be in microvolts.*say so with unit="uV"'): stager.stage(raw)
     with pytest.raises(RecordingError, match='cannot be in microvolts.*Scale them: a Night is in microvolts.$'): stager.stage(night(x*1e-6))
     with pytest.raises(RecordingError, match="a Night is in microvolts .found unit='V'"): stager.stage(night(x*1e-6), unit='V')
     close(stager.stage(raw, unit='uV'), stager.stage(night(x)))
+    with pytest.raises(RecordingError, match='Leave unit="V" out, or give another of uV, mV and V.$'): stager.stage(raw, unit='V') # as it is taken
+    for factor,unit in ((1e-6, 'V'), (1e-3, 'mV'), (1e6, 'uV')):                  # of numbers that a file calls µV, or V
+        said = 'V' if unit == 'uV' else 'uV'
+        edf = Edf([EdfSignal(o*(1 if unit == 'uV' else factor), 200, label=n, physical_dimension=said) for o,n in zip(x.astype(float), NAMES)])
+        edf.write(path := tmp_path/f'{unit}.edf')
+        with pytest.raises(RecordingError, match=f'{unit} by their size: say so with unit="{unit}".$'): stager.stage(path)
+        close(stager.stage(path, unit=unit), stager.stage(night(x)), .02)
 
 def test_epochs_begin_with_the_hypnogram(stager, x):
     start = datetime(2020, 1, 1, 22)
@@ -300,6 +329,59 @@ def test_agreement_is_by_time(stager, x):
     found = stager.stage(night(x, start=start))
     scored = Hypnogram('scored', np.arange(10)*30., np.full(10, 30.), found.stages[5:15], datetime(2020, 1, 1, 22, 2, 30))
     assert found.agreement(scored)['accuracy'] == 1 and found.agreement(scored)['epochs'] == 10
+
+def test_a_recording_that_was_cut_out_of_what_was_scored(stager, x, tmp_path):
+    "Scored are three hours, in which the twenty minutes begin after one: by dates only, and not by a start that was kept."
+    around = np.concatenate([np.zeros(120), STAGES, np.zeros(200)]).astype(np.int8)
+    scored = Hypnogram('scored', 30.*np.arange(360), np.full(360, 30.), around, datetime(2020, 1, 1, 21))
+    path = write_stages(tmp_path/'scored.edf', around, start=scored.start)
+    def cut(start, dated=True):
+        edf = Edf([EdfSignal(o.astype(float), 200, label=n, physical_dimension='uV', physical_range=(-3000, 3000)) for o,n in zip(x, NAMES)],
+                  starttime=start.time())
+        if dated: edf.startdate = start.date()
+        edf.write(tmp_path/f'{start:%H%M}{dated}.edf')
+        return tmp_path/f'{start:%H%M}{dated}.edf'
+    right = datetime(2020, 1, 1, 22)
+    for given in (scored, path):
+        found = stager.stage(cut(right), hypnogram=given)
+        assert (found.reference == STAGES).all() and found.onset == 0
+        assert 'by their dates, the recording is a part of what was scored' in found.notes and '9600 s of the scoring lie outside the recording' in found.notes
+    assert found.scorer == 'scored.edf' and not stager.stage(cut(right)).scorer
+    assert found.agreement() == stager.stage(cut(right)).agreement(path) and found.agreement()['epochs'] == 40
+    for start,dated in ((datetime(2020, 1, 1, 21), True), (datetime(2020, 1, 2, 1), True), (datetime(2021, 1, 1, 22), True), (right, False)):
+        with pytest.raises(HypnogramError, match='does not belong.*has to say its own start, with the date'):
+            stager.stage(cut(start, dated), hypnogram=path)
+        with pytest.raises(HypnogramError, match='does not belong'): stager.stage(cut(start, dated)).agreement(path)
+
+def test_a_part_is_staged_as_if_it_were_cut_out(stager, x, tmp_path):
+    "By path, Raw and Night; what is written counts from the start of the recording."
+    start = datetime(2020, 1, 1, 22)
+    made = Edf([EdfSignal(o.astype(float), 200, label=n, physical_dimension='uV', physical_range=(-3000, 3000)) for o,n in zip(x, NAMES)],
+               starttime=start.time())
+    made.startdate = start.date()
+    made.write(path := tmp_path/'long.edf')
+    scored = write_stages(tmp_path/'scored.csv', STAGES)
+    part,read = dict(tmin=305, tmax=900), read_night(path)
+    found = stager.stage(path, **part)
+    assert (found.start, found.onset, len(found.stages), found.span) == (start, 305, 19, '22:05:05 to 22:14:35')
+    assert 'the last 25 s fill no epoch' in found.notes
+    close(found, stager.stage(night(x[:, 305*200:900*200])), .02)
+    for other in (mne.io.read_raw_edf(path, verbose='error'), read): close(stager.stage(other, **part), found)
+    close(stager.stage(path, tmin=305), stager.stage(night(x[:, 305*200:])), .02)
+    for given in (path, read, mne.io.read_raw_edf(path, verbose='error')):
+        whole,some = stager.stage(given, hypnogram=scored), stager.stage(given, hypnogram=scored, **part)
+        assert some.onset == 330 and (some.reference == whole.reference[11:30]).all()      # on the epochs of the scorer
+        assert some.agreement(scored) == some.agreement() and some.agreement()['epochs'] == 19
+        assert write_report(some, tmp_path/'r.html', given)
+    for name in ('a.csv', 'a.tsv', 'a_events.tsv', 'a.edf'):
+        read_back = read_hypnogram(found.write(tmp_path/name))
+        assert read_back.onset[0] == 305 and read_back.onset[-1] + read_back.duration[-1] == 305 + 19*30
+    assert found.annotations().onset[0] == 305
+    assert found.statistics_note == 'the statistics are of a part of the recording, 22:05:05 to 22:14:35' and found.span in repr(found)
+    assert not stager.stage(path).statistics_note and stager.stage(path).part is None
+    for tmin,tmax in ((900, 305), (0, 1201), (-5, 300), (1300, None), (300, 300)):
+        with pytest.raises(RecordingError, match='this is no part of the recording'): stager.stage(path, tmin=tmin, tmax=tmax)
+    with pytest.raises(RecordingError, match='this part of the recording is shorter than one epoch'): stager.stage(path, tmin=300, tmax=329)
 
 def test_smoothing_is_off_and_named_when_on(stager, whole, x):
     smooth = stager.stage(night(x), smooth=True)
