@@ -186,6 +186,10 @@ def probe_real(work):
             found.append(dict(probe='within the night', arm=arm, seed=seed, random=before, pretrained=after,
                               **{f'{t} loss': last.loss.get(t) for t in TASKS}))
             print(found[-1], flush=True)
+    for seed in range(2, 7):                         # how much random weights are good for is a matter of luck
+        backbone = drawn(dict(montages={'real': list(COHORTS['S'][0])}) | DEFAULTS['backbone'], seed)
+        found.append(dict(probe='within the night', arm='random', seed=seed, random=within(tokens(backbone, stores, rows), y)))
+        print(found[-1], flush=True)
     made = stores_of(work, 'S')
     train = rows_of(made, holdout_split(made.nights), 'train')
     for arm in ARMS:
