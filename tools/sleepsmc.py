@@ -66,7 +66,7 @@ def stores_of(work, cohort, whole=False): # is nothing missing of anybody?
         folder = work/(f'{cohort}, whole' if whole else cohort)
         nights = pd.DataFrame(dict(subject=[f'{i:02}' for i in range(SUBJECTS)], night=1))
         read = partial(read_synth, gaps=cohort == 'gaps' and not whole)
-        prepare(Cohort(f'{cohort}-simulated', nights, CHANNELS, read), folder, 'sleepsmc')
+        prepare(Cohort('nine-simulated', nights, CHANNELS, read), folder, 'sleepsmc')     # one name: one split
     return Stores([EpochStore(folder)], in_memory=True)
 
 def split_of(stores, cohort, fold): return holdout_split(stores.nights) if cohort == 'home' else kfold_splits(stores.nights, FOLDS)[fold]
