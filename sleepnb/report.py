@@ -46,7 +46,7 @@ def _svg(
     svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r'(\.\d)\d+', r'\1', m[0]), svg)      # a tenth of a point is enough
     return f'<svg role="img" aria-label="{escape(label)}"' + svg
 
-# %% ../nbs/630_report.ipynb #cf50e433
+# %% ../nbs/630_report.ipynb #69183146
 def _spectrogram_of(
     staging:Staging,
     recording,                # as for `write_report`
@@ -63,8 +63,11 @@ def _spectrogram_of(
         raise RecordingError('this is not the recording that was staged', where=source.where,
             expected=f'{plural(n, "epoch")} of {staging.name}, start {staging.start}',
             found=f'{held} of {name}, start {source.start}', remedy='Give that one, or none.')
-    there,_ = usable_names(source, names[:1], aliases)                     # C3 alone, where M2 was left out
-    terms = resolve_montage(there, names[:1], aliases, source.where).derivations[0].terms
+    signs = (staging.made_of or {}).get(names[0], {})
+    if signs and {*signs} <= {*source.names}: terms = {source.names.index(k): sign for k,sign in signs.items()}
+    else: # a Night has other names than the file
+        there,_ = usable_names(source, names[:1], aliases)
+        terms = resolve_montage(there, names[:1], aliases, source.where).derivations[0].terms
     x,fs = read_terms(source, terms, {}, (staging.onset, n))
     words,per = signal_quality(x, fs, n_epochs=n), round(staging.epoch_sec * fs)
     x = np.pad(x, (0, max(0, n*per - len(x))), constant_values=np.nan)[:n*per].reshape(n, per)

@@ -67,11 +67,12 @@ def _by_place(
     options = dict(EEG=[_nearest([c.site for c in made(*sites)])], EOG=eyes, EMG=[('Chin',)])
     return [c.name for m in modalities for c in next(filter(None, (made(*o) for o in options[m])), [])]
 
-# %% ../nbs/600_stager.ipynb #dfd42ac3
+# %% ../nbs/600_stager.ipynb #bcd0f298
 def _join_eyes(
     found:ResolvedMontage,
 )->ResolvedMontage:        # both eyes are one channel
-    eyes = {d.got.site: d for d in found.derivations if d.terms and d.got.site in ('E1', 'E2') and d.got.reference not in ('E1', 'E2')}
+    eyes = {d.got.site: d for d in found.derivations
+            if d.terms and d.got.site in ('E1', 'E2') and d.got.reference not in ('E1', 'E2')}
     if len(eyes) < 2: return found
     left,right = eyes['E1'], eyes['E2']
     terms = Counter(left.terms)
@@ -457,7 +458,7 @@ def _least_inside(
     ends = (hypnogram.onset + hypnogram.duration)[hypnogram.stage != UNSCORED]
     return 0. if EPOCH_SEC <= seconds < ends.max(initial=0) else otherwise
 
-# %% ../nbs/600_stager.ipynb #e12e8691
+# %% ../nbs/600_stager.ipynb #be1ec2a6
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -476,6 +477,7 @@ class Staging:
     epoch_sec:float=float(EPOCH_SEC)
     least_inside:float=.9    # share of a hypnogram that must lie in the recording
     scorer:str=''            # name of the file of the hypnogram that was given
+    made_of:dict|None=None   # channel → name in the recording → 1 or −1
     part:tuple|None=None     # of the recording, from and to in seconds, if not all of it was to be staged
 
     @property
@@ -572,7 +574,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #811ab01b
+# %% ../nbs/600_stager.ipynb #e7e7b474
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -772,6 +774,7 @@ class Stager:
         return Staging(name, smooth_stages(prob) if smooth else likeliest, prob, np.array(QUALITIES)[codes.min(1)],
                        _table(found, codes, self.modalities), used, source.start, onset, smooth,
                        self.name, reference, (*source.notes, *notes), part=part, scorer=_name_of(hypnogram),
+                       made_of={d.got.name: {source.names[i]: k for i,k in d.terms.items()} for d in found.derivations},
                        least_inside=0. if part else source.source.least_inside)
 
     def stage_all(self,

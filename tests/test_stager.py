@@ -218,6 +218,16 @@ def test_the_spectrogram_is_of_what_was_staged(stager, x, tmp_path, channels, ba
     assert name == found.channels.channel[0]
     np.testing.assert_allclose(signal, x[0] - x[3] if '−' in drawn else x[0], atol=1e-3)
 
+def test_the_spectrogram_of_two_eyes_is_that_of_their_difference(tmp_path):
+    "Without EEG; each eye against the opposite mastoid."
+    names = ['E1-M2', 'E2-M1']
+    made = synth_night(names, n_epochs=20, subject='eyes')
+    Edf([EdfSignal(o, 100, label=n, physical_dimension='uV') for o,n in zip(made.x.astype(float), ('EOG E1-M2', 'EOG E2-M1'))]).write(tmp_path/'eyes.edf')
+    found = Stager.load().stage(tmp_path/'eyes.edf')
+    name,signal,_ = _spectrogram_of(found, tmp_path/'eyes.edf', None, None)
+    assert name == 'E1-E2' and found.made_of == {'E1-E2': {'EOG E1-M2': 1, 'EOG E2-M1': -1}}
+    np.testing.assert_allclose(signal, made.x[0] - made.x[1], atol=.1)
+
 def test_a_mastoid_at_its_end_spoils_what_is_made_with_it(x):
     "Difference and electrodes are both looked at."
     bad = x.copy()
