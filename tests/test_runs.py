@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score
 
 import sleepnb
 from sleepnb.core import SleepnbError
-from sleepnb.recipes import RECIPES, Run, runs_of, table_rows
+from sleepnb.recipes import RECIPES, SCALES, Run, runs_of, table_rows
 from sleepnb.runs import (_workers, carry_out, code_checksum, compare_runs, estimate_hours, is_done, read_result, read_stages,
                           recipe_status, recipe_table, run_recipe)
 from sleepnb.weights import load_weights
@@ -35,6 +35,14 @@ def test_an_id_is_the_hash_of_what_decides():
               Run('finetune', dict(seed=2, lr=1e-3), parent), Run('finetune', dict(seed=1, lr=1e-3), Run('pretrain', dict(seed=1)))]
     assert len({o.id for o in others} | {Run('finetune', dict(seed=1, lr=1e-3), parent).id}) == 5
     with pytest.raises(ValueError): Run('finetune', dict(lr=float('nan')))
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_runs_of_a_recipe_are_told_apart_in_words(scale):
+    for recipe in RECIPES:
+        said = [str(r).removesuffix(f' ({r.id})') for r in runs_of(recipe, scale)]
+        assert len({*said}) == len(said)
+    eog, = {r for r in runs_of('sleepsmc-table2') if r.config['primary'] == 'EOG'}
+    assert str(eog) == f'sleepsmc on nine-simulated, EOG, C + U, fold 0, seed 0 ({eog.id})'
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_every_printed_row_has_a_place(recipe):
