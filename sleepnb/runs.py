@@ -239,13 +239,13 @@ def _result(run, dls, made, table, started, clock)->dict:
     return dict(id=run.id, task=run.task, config=run.config, parent=run.parent and run.parent.id, scores=scores, nights=nights,
                 training=_no_nan(table).to_dict('list'), made=_provenance(run.task, dls, started, clock))
 
-# %% ../nbs/620_runs.ipynb #9f3a628b
+# %% ../nbs/620_runs.ipynb #ede9e782
 def _read_json(path, keys): # `None` if there is no such file
     try: found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError): return None
     except ValueError: found = None
     if isinstance(found, dict) and keys <= found.keys(): return found
-    raise SleepnbError('the file is damaged', where=path, expected=', '.join(sorted(keys)), found='not these',
+    raise SleepnbError('the file is damaged, or not what a run leaves', where=path,
                        remedy=f'Delete the folder {path.parent}: its run is then computed again.')
 
 def read_result(
