@@ -282,7 +282,7 @@ def test_what_fails_is_noted_and_tried_again_when_asked(tmp_path):
     with pytest.raises(SleepnbError, match='there is no such backend'): carry_out([bad], tmp_path, backend='ray', progress=False)
 
 def test_jobs_and_schedulers_that_there_are_not(tmp_path):
-    import dask
+    import dask, distributed
     for jobs in (0, -2):
         with pytest.raises(SleepnbError, match=f'jobs is a number of processes .*found {jobs}'): carry_out([tiny(0)], tmp_path, jobs=jobs)
     where = dict(backend='dask', scheduler='tcp://localhost:1', progress=False)
