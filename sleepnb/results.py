@@ -35,7 +35,7 @@ def _named(rows): # of a table, with `system` and `labels`
     labels = [read_settings(s).get('labels', '') for s in rows.setting]
     return rows.assign(system=[_system(row) for row in rows.itertuples()], labels=labels)
 
-# %% ../nbs/625_results.ipynb #c30605fe
+# %% ../nbs/625_results.ipynb #c75648b2
 def describe_runs(
     recipe:str,           # a key of `RECIPES`
     scale:str='small',    # a key of `SCALES`
@@ -55,7 +55,7 @@ def describe_runs(
     said += f', {complete} of {len(built)} rows complete'
     data = {row.dataset: row.runs[0].config['data'][0]['name'] for row in built.itertuples()}
     lines = [said, 'data: ' + ', '.join(f'{name} for {dataset}' for dataset,name in data.items())]
-    if scale == 'smoke': lines.append('The numbers mean nothing: the scale smoke shows that everything runs, not what it learns.')
+    if scale == 'smoke': lines.append('The numbers mean nothing: the scale smoke only shows that everything runs.')
     if len(absent := rows.drop(built.index).model.unique()): lines.append('not built: ' + ', '.join(absent))
     return '\n'.join(lines)
 
