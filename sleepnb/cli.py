@@ -6,11 +6,12 @@
 __all__ = ['app', 'train', 'main', 'demo', 'simulate', 'info', 'prepare', 'pretrain', 'finetune', 'supervised', 'sleepsmc',
            'featurenet', 'evaluate', 'stage', 'export', 'recipe', 'recipes']
 
-# %% ../nbs/640_cli.ipynb #62f86c80
+# %% ../nbs/640_cli.ipynb #219d2eea
 import json
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from datetime import datetime, time, timedelta
@@ -54,7 +55,7 @@ _version_option = typer.Option('--version', callback=_version, is_eager=True, he
 @app.callback()
 def _options(version:Annotated[bool, _version_option]=False): pass
 
-# %% ../nbs/640_cli.ipynb #1429ca5d
+# %% ../nbs/640_cli.ipynb #ba9f4912
 def _say(text): typer.echo(f'sleepnb: {text}', err=True) # standard output is for results
 
 def _told(
@@ -70,6 +71,7 @@ def _told(
 def main():
     "Runs the command line; an error becomes one line and exit code 2."
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace') # not every terminal knows every letter
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # ends as Ctrl-C does
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest, **how: _say(message)
         for kind in (DeprecationWarning, FutureWarning): warnings.simplefilter('ignore', kind) # for developers
@@ -819,12 +821,16 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #381bac63
+# %% ../nbs/640_cli.ipynb #17789301
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
 _scale = typer.Option('--scale', help='smoke: does it run? small: simulated cohorts, for two cores; paper: the datasets.')
 _runs = typer.Option('--out', metavar='DIR', help='Where runs are kept.')
+
+def _duration(hours): # in words
+    if hours >= 1: return f'{hours:.1f} hours'
+    return f'{10*math.ceil(360*hours)} seconds' if hours < 1/30 else f'{math.ceil(60*hours)} minutes'
 
 def _states(status): return {s: int((status.state == s).sum()) for s in _STATES}
 
@@ -843,6 +849,7 @@ def recipe(
     scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Of Dask: tcp://login1:8786, or the file that '
         'dask scheduler --scheduler-file FILE.json writes.')]=None,
     retry:Annotated[bool, typer.Option('--retry', help='Try again what failed.')]=False,
+    redo_stale:Annotated[bool, typer.Option('--redo-stale', help='Train again what earlier code has made.')]=False,
     yes:Annotated[bool, typer.Option('--yes', help='Do not ask, however long it takes.')]=False,
     as_json:Annotated[bool, _json]=False,
 ):
@@ -854,16 +861,20 @@ def recipe(
     _check_alone()
     wanted = runs_of(name, scale)
     _check_folder(out, 'Name another folder: --out DIR.')
-    from sleepnb.runs import check_stores, estimate_hours, is_done, run_recipe
-    todo = [r for r in wanted if not is_done(r, out)]
+    out = out.expanduser()
+    from sleepnb.runs import check_stores, estimate_hours, recipe_status, run_recipe, runs_to_do
+    todo = runs_to_do(wanted, out, retry, redo_stale)
     check_stores(todo, out)
-    hours = estimate_hours(todo)
-    takes = f'about {hours:.1f} hours' if hours >= .1 else f'about {plural(math.ceil(60*hours), "minute")}'
-    _say(f'{name} at the scale {scale}: {plural(len(wanted), "run")}, {len(wanted) - len(todo)} done'
-         + f'; the others take {takes} of a core' * bool(todo))
+    hours,states = estimate_hours(todo), _states(recipe_status(name, scale, out))
+    _say(f'{name} at the scale {scale}: {plural(len(wanted), "run")}, {states["done"] + states["stale"]} done'
+         + f', {states["stale"]} of them by earlier code' * bool(states['stale'])
+         + f', {states["failed"]} failed' * bool(states['failed'])
+         + f'; {len(todo)} to train, for about {_duration(hours)} of a core' * bool(todo))
+    if states['stale'] and not redo_stale:
+        _say('what earlier code has made is kept; --redo-stale trains it again')
     if hours > 4 and not yes and not (sys.stdin.isatty() and typer.confirm('Begin?', err=True)):
         raise SleepnbError('nothing was begun, for it would take more than four hours', remedy='Add --yes.')
-    table = run_recipe(name, scale, out, jobs=jobs, backend=backend, scheduler=scheduler, retry=retry)
+    table = run_recipe(name, scale, out, jobs=jobs, backend=backend, scheduler=scheduler, retry=retry, redo_stale=redo_stale)
     if as_json: typer.echo(table.to_json(orient='records'))
     else:
         from sleepnb.results import describe_runs, results_table
@@ -879,17 +890,20 @@ def recipes(
 ):
     """Say which runs of a recipe are done, stale, failed or missing.
 
-    A stale run was made by earlier code: it is kept, and trained again only if its folder is removed."""
+    A stale run was made by earlier code: it is kept, and trained again by sleepnb run with --redo-stale."""
     from sleepnb.recipes import RECIPES, check_recipe
     if name: check_recipe(name, scale)
+    out = out.expanduser()
+    if out != Path('runs') and not out.is_dir():                                # a newcomer has none there
+        raise SleepnbError('there is no such folder', where=out, remedy='Name the one that sleepnb run was given: --out DIR.')
     from sleepnb.runs import recipe_status
     found = {o: recipe_status(o, scale, out) for o in ([name] if name else RECIPES)}
     if as_json:
         typer.echo(json.dumps({o: dict(scale=scale, expected=len(t), **_states(t), runs=t.reset_index().to_dict('records'))
                                for o,t in found.items()}))
     elif name:
-        rows = [[id, r.task, r.data, r.what, str(r.seed), r.state, r.why] for id,r in found[name].iterrows()]
-        typer.echo(_table([['run', 'task', 'data', 'of', 'seed', 'state', ''], *rows]))
+        rows = [[id, r.task, r.data, r.what, r.split, str(r.seed), r.state, r.why] for id,r in found[name].iterrows()]
+        typer.echo(_table([['run', 'task', 'data', 'of', 'split', 'seed', 'state', ''], *rows]))
     else:
         rows = [[o, str(len(t)), *map(str, _states(t).values())] for o,t in found.items()]
         typer.echo(_table([['recipe', 'expected', *_STATES], *rows], right=True))

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .core import SleepnbError
 
-# %% ../nbs/615_recipes.ipynb #b16a87b1
+# %% ../nbs/615_recipes.ipynb #b1020b42
 @dataclass(frozen=True)
 class Run:
     "All that decides a result."
@@ -35,9 +35,33 @@ class Run:
     def __hash__(self): return hash(self.id)
     def __eq__(self, other): return isinstance(other, Run) and self.id == other.id
 
+    @property
+    def data(self)->str: # such as S-simulated+I-simulated
+        "The names of its cohorts."
+        return '+'.join(d['name'] for d in self.config.get('data', ()))
+
+    @property
+    def what(self)->str: # such as EEG, C + U
+        "In which runs of a table differ, but for data, split and seed."
+        c,said = self.config, []
+        if 'primary' in c:
+            said += [c['primary'], 'C + U' if c['uncertainty'] else 'C' if c['contrast'] else 'FeatureNet']
+            if c['score'] == 'negative': said += ['−r']
+        if 'tasks' in c: said += ['+'.join(c['tasks']), c['weighting']]
+        if 'cam' in c: said += [f'{c["cam"]["n_dims"]} × {c["cam"]["n_virtual"]}']
+        if 'labels' in c: said += [f'{c["labels"]:.0%} of the labels']
+        if self.parent: said += [f'after {self.parent.what} on {self.parent.data.replace("-simulated", "")}']
+        return ', '.join(said)
+
+    @property
+    def split(self)->str: # such as fold 0
+        "By which split people were tested."
+        split = self.config.get('split', {})
+        return f'fold {split["fold"]}' if 'fold' in split else f'split {split["seed"]}' if split else ''
+
     def __repr__(self):
-        data = '+'.join(d['name'] for d in self.config.get('data', ()))
-        return f'{self.task} on {data}, seed {self.config.get("seed")} ({self.id})'
+        said = f'{self.task} on {self.data}', self.what, self.split, f'seed {self.config.get("seed")}'
+        return f'{", ".join(filter(None, said))} ({self.id})'
 
 # %% ../nbs/615_recipes.ipynb #9ffde43d
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'VERDICTS', 'describe_runs', 'results_table', 'Claim', 'results_claims', 'count_verdicts', 'show_claims',
            'plot_claims', 'plot_results', 'results_summary']
 
-# %% ../nbs/625_results.ipynb #5124b17a
+# %% ../nbs/625_results.ipynb #ab9e6600
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from .core import SleepnbError
 from .recipes import METRICS, UNITS, check_recipe, read_settings, recipe_numbers, table_rows
-from .runs import compare_runs, recipe_status, recipe_table
+from .runs import compare_runs, is_done, recipe_status, recipe_table
 
 # %% ../nbs/625_results.ipynb #f35de3e9
 _WHERE = ['dataset', 'labels', 'modality']
@@ -35,13 +35,14 @@ def _named(rows): # of a table, with `system` and `labels`
     labels = [read_settings(s).get('labels', '') for s in rows.setting]
     return rows.assign(system=[_system(row) for row in rows.itertuples()], labels=labels)
 
-# %% ../nbs/625_results.ipynb #01ad3d75
+# %% ../nbs/625_results.ipynb #c75648b2
 def describe_runs(
     recipe:str,           # a key of `RECIPES`
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',  # where runs are
 )->str:                   # lines
-    """Says how many runs of a recipe were found, what has the place of each dataset, and which systems are not built.
+    """Says how many runs of a recipe were found, and how many rows of its table are complete, what has the place of each
+    dataset, and which systems are not built.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     state,rows = recipe_status(recipe, scale, out).state.value_counts(), table_rows(recipe, scale)
@@ -49,19 +50,23 @@ def describe_runs(
     said = f'{recipe}, scale {scale}: {done + stale} of {state.sum()} runs found'
     if stale: said += f', {stale} of them made by earlier code'
     if failed: said += f', {failed} failed'
-    data = {row.dataset: row.runs[0].config['data'][0]['name'] for row in rows.itertuples() if row.runs}
+    built = rows[rows.runs.str.len() > 0]
+    complete = sum(all(is_done(run, out) for run in runs) for runs in built.runs)
+    said += f', {complete} of {len(built)} rows complete'
+    data = {row.dataset: row.runs[0].config['data'][0]['name'] for row in built.itertuples()}
     lines = [said, 'data: ' + ', '.join(f'{name} for {dataset}' for dataset,name in data.items())]
-    built = rows.runs.str.len() > 0
-    if len(absent := rows[~built].model.unique()): lines.append('not built: ' + ', '.join(absent))
+    if scale == 'smoke': lines.append('The numbers mean nothing: the scale smoke only shows that everything runs.')
+    if len(absent := rows.drop(built.index).model.unique()): lines.append('not built: ' + ', '.join(absent))
     return '\n'.join(lines)
 
-# %% ../nbs/625_results.ipynb #0413cbbc
+# %% ../nbs/625_results.ipynb #a27f72e1
 def _digits(paper): return 2 if UNITS[paper] == 100 else 3                       # percent, or fractions
 
 def _cell(row, digits):
     ours = '–' if np.isnan(row.ours) else f'{row.ours:.{digits}f}'
     spread = '' if np.isnan(row.sd) else f' ± {row.sd:.{digits}f}'
-    return ours + spread + ('' if np.isnan(row.printed) else f' ({row.printed:.{digits}f})') # a figure has no numbers
+    printed = '' if np.isnan(row.printed) else f' ({row.printed:.{digits}f})'   # a figure has no numbers
+    return ours + spread + printed + f', {row.found} of {row.expected}'*(0 < row.found < row.expected)
 
 def _check_metrics(recipe, scale, metrics):
     printed = [*dict.fromkeys(recipe_numbers(recipe, scale).metric)]
@@ -212,14 +217,15 @@ def plot_claims(
         ax.set_title(title, fontsize='medium')
     return axes
 
-# %% ../nbs/625_results.ipynb #7bd6952e
+# %% ../nbs/625_results.ipynb #43728aed
 def plot_results(
     recipe:str,            # a key of `RECIPES`
     scale:str='small',     # a key of `SCALES`
     out:str|Path='runs',   # where runs are
     metric:str|None=None,  # as printed; by default that of the claims
 ):                         # axes, one for each dataset, share of labels and modality
-    """Draws the scores of all systems: ours with the 95 % interval over people, and hollow what is printed, ± its SD.
+    """Draws the scores of all systems: ours with the 95 % interval over people, or ± the SD over runs where there are
+    several, and hollow what is printed, ± its SD.
 
     Raises `SleepnbError` for a recipe, a scale or a metric that there is not."""
     metric = metric or _MAIN[check_recipe(recipe, scale)[0]]
@@ -231,13 +237,14 @@ def plot_results(
     for ax,(where,part) in zip(axes, groups):
         y = np.array([systems.index(s) for s in part.system])
         ax.errorbar(part.printed, y, xerr=part.printed_sd, fmt='o', mfc='none', color='#888888', ms=5, lw=1)
-        ax.errorbar(part.ours, y, xerr=[part.ours - part.low, part.high - part.ours], fmt='o', color='k', ms=4, lw=1)
+        spread = [(o - p).fillna(part.sd) for o,p in ((part.ours, part.low), (part.high, part.ours))] # of one run, or several
+        ax.errorbar(part.ours, y, xerr=spread, fmt='o', color='k', ms=4, lw=1)
         ax.set(yticks=range(len(systems)), ylim=(-.5, len(systems) - .5), xlabel='κ' if metric.lower() == 'kappa' else metric)
         ax.set_yticklabels(systems)
         ax.set_title(_title(where), fontsize='medium')
     return axes
 
-# %% ../nbs/625_results.ipynb #98c263e5
+# %% ../nbs/625_results.ipynb #580a1613
 def results_summary(
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',  # where runs are
@@ -246,8 +253,8 @@ def results_summary(
     rows = {}
     for recipe,claim in CLAIMS.items():
         paper,table,*_ = check_recipe(recipe, scale)
-        state = recipe_status(recipe, scale, out).state
+        shown = {run for runs in table_rows(recipe, scale).runs for run in runs}
         rows[recipe] = dict(paper=paper, table=table if ' ' in table else f'Table {table}', claim=claim.text,
                             verdicts=count_verdicts(results_claims(recipe, scale, out)),
-                            found=int(state.isin(['done', 'stale']).sum()), expected=len(state))
+                            found=sum(is_done(run, out) for run in shown), expected=len(shown))
     return pd.DataFrame(rows).T

@@ -905,6 +905,7 @@ WRONG = { # why → command; @ is the folder of the files
     'or -1 for one per core; found --jobs -5': ['simulate', 'isruc-s3', '@new', '--jobs', '-5'],
     'or -1 for one per core; found --jobs -2': ['prepare', *FILES, '@new', '--jobs', '-2'],
     'or -1 for one per core; found --jobs 0': ['run', 'mtssrl-table4', '--out', '@new', '--jobs', '0'],
+    'Name the one that sleepnb run was given': ['runs', '--out', '@none'],
     "Missing option '--out'": ['pretrain', ISRUC],
     'found no such folder': ['pretrain', '@none', *OUT],
     'this is no store': ['pretrain', '@isruc-s3', *OUT],

@@ -63,8 +63,10 @@ def test_a_missing_run_is_a_missing_cell(recipe, out, tmp_path):
     shutil.move(out/gone.id, hidden)
     try: (table,claims),said = show_all(recipe, out), describe_runs(recipe, out=out)
     finally: shutil.move(hidden/gone.id, out)
-    assert f'{n - 1} of {n} runs found, {n - 1} of them made by earlier code' in said
     rows = table_rows(recipe)
+    built = [runs for runs in rows.runs if runs]
+    assert f'{n - 1} of {n} runs found, {n - 1} of them made by earlier code, ' \
+           f'{sum(gone not in runs for runs in built)} of {len(built)} rows complete' in said
     lacking = np.array([not runs or gone in runs for runs in rows.runs])
     assert table.map(lambda cell: cell.startswith('–')).all(axis=1).sum() == lacking.sum() >= 1
     assert not table[~table.map(lambda cell: cell.startswith('–')).all(axis=1)].map(lambda cell: cell.startswith('–')).any(axis=None)
@@ -99,8 +101,40 @@ def test_several_runs_have_a_spread(tmp_path):
         found = json.loads(path.read_text())
         found['scores']['EEG']['macro_f1'] = [value, value - .1, value + .1, None, 200]
         path.write_text(json.dumps(found))
-    assert results_table('mtssrl-table6', 'paper', tmp_path).loc['MTSSRL-MD (S+I+A)', 'MF1'] == '60.00 ± 14.14 (76.94)'
+    assert results_table('mtssrl-table6', 'paper', tmp_path).loc['MTSSRL-MD (S+I+A)', 'MF1'] == '60.00 ± 14.14 (76.94), 2 of 9'
     assert describe_runs('mtssrl-table6', 'paper', tmp_path).startswith('mtssrl-table6, scale paper: 2 of 18 runs found')
+    assert '0 of 1 rows complete' in describe_runs('mtssrl-table6', 'paper', tmp_path)
+    assert drawn('mtssrl-table6', 'paper', tmp_path, 'MF1') == pytest.approx([60 - 200**.5, 60 + 200**.5])
+    for run in runs[2:]: make_up(run, tmp_path)
+    assert ', ' not in results_table('mtssrl-table6', 'paper', tmp_path).loc['MTSSRL-MD (S+I+A)', 'MF1']
+    assert '1 of 1 rows complete' in describe_runs('mtssrl-table6', 'paper', tmp_path)
+
+def drawn(recipe, scale, out, metric): # the ends of the only line that is ours
+    ax, = plot_results(recipe, scale, out, metric)
+    lines = [s for o in ax.collections if o.get_color()[0][:3].sum() == 0 for s in o.get_segments() if len(s) and np.isfinite(s).all()]
+    assert len(lines) == 1
+    return lines[0][:, 0].tolist()
+
+def test_one_of_nine_runs_is_no_whole_row(tmp_path):
+    run = next(r for r in runs_of('mtssrl-table6', 'paper') if r.task == 'finetune')
+    make_up(run, tmp_path)
+    path = tmp_path/run.id/'result.json'
+    found = json.loads(path.read_text())
+    found['scores']['EEG']['macro_f1'] = [.5, .4, .55, None, 200]
+    path.write_text(json.dumps(found))
+    assert results_table('mtssrl-table6', 'paper', tmp_path).loc['MTSSRL-MD (S+I+A)', 'MF1'] == '50.00 (76.94), 1 of 9'
+    assert drawn('mtssrl-table6', 'paper', tmp_path, 'MF1') == pytest.approx([40, 55])
+
+def test_a_pretraining_is_no_row(tmp_path):
+    "Where only it is there, all cells are dashes, and nothing says otherwise."
+    make_up(runs_of('mtssrl-table6')[0], tmp_path)
+    said = describe_runs('mtssrl-table6', out=tmp_path)
+    assert said.startswith('mtssrl-table6, scale small: 1 of 2 runs found, 1 of them made by earlier code, 0 of 1 rows complete')
+    assert [*results_summary('small', tmp_path).loc['mtssrl-table6', ['found', 'expected']]] == [0, 1]
+
+def test_numbers_that_mean_nothing_say_so(tmp_path):
+    assert 'The numbers mean nothing' in describe_runs('mtssrl-table6', 'smoke', tmp_path)
+    assert 'The numbers mean nothing' not in describe_runs('mtssrl-table6', 'small', tmp_path)
 
 # ---- pages
 

@@ -1,5 +1,5 @@
-"Runs and recipes: killed, repeated, on a cluster, and counted by hand."
-import hashlib, json, os, re, shutil, signal, subprocess, sys, time
+"Runs and recipes: killed, damaged, repeated, on a cluster, and counted by hand."
+import ast, hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 from threading import Thread
@@ -10,10 +10,11 @@ import pytest
 from sklearn.metrics import f1_score
 
 import sleepnb
-from sleepnb.core import SleepnbError
-from sleepnb.recipes import RECIPES, Run, runs_of, table_rows
-from sleepnb.runs import (_workers, carry_out, code_checksum, compare_runs, estimate_hours, is_done, read_result, read_stages,
-                          recipe_status, recipe_table, run_recipe)
+from sleepnb.core import SleepnbError, WeightsError
+from sleepnb.recipes import RECIPES, SCALES, Run, runs_of, table_rows
+from sleepnb.results import describe_runs, results_table
+from sleepnb.runs import (_SHOWS, _UNUSED, _workers, carry_out, code_checksum, compare_runs, estimate_hours, is_done, read_result,
+                          read_stages, recipe_status, recipe_table, run_recipe, runs_to_do)
 from sleepnb.weights import load_weights
 
 @pytest.fixture(scope='module')
@@ -35,6 +36,14 @@ def test_an_id_is_the_hash_of_what_decides():
               Run('finetune', dict(seed=2, lr=1e-3), parent), Run('finetune', dict(seed=1, lr=1e-3), Run('pretrain', dict(seed=1)))]
     assert len({o.id for o in others} | {Run('finetune', dict(seed=1, lr=1e-3), parent).id}) == 5
     with pytest.raises(ValueError): Run('finetune', dict(lr=float('nan')))
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_runs_of_a_recipe_are_told_apart_in_words(scale):
+    for recipe in RECIPES:
+        said = [str(r).removesuffix(f' ({r.id})') for r in runs_of(recipe, scale)]
+        assert len({*said}) == len(said)
+    eog, = {r for r in runs_of('sleepsmc-table2') if r.config['primary'] == 'EOG'}
+    assert str(eog) == f'sleepsmc on nine-simulated, EOG, C + U, fold 0, seed 0 ({eog.id})'
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_every_printed_row_has_a_place(recipe):
@@ -89,21 +98,150 @@ def test_a_result_that_is_gone_is_a_missing_cell(out, tmp_path):
     before,again = (read_result(asked, o) for o in (out, copy))
     assert [before[k] for k in ('scores', 'nights', 'training')] == [again[k] for k in ('scores', 'nights', 'training')]
 
+DAMAGES = {'empty': '', 'cut': '{"id": "', 'brace': '{', 'nothing in it': '{}', 'a list': '[]', 'not text': b'\xff\x00'}
+
+@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('name', ['result.json', 'failed.json'])
+def test_a_damaged_file_is_named_and_never_taken_for_a_missing_one(name, damage, out, tmp_path):
+    copy = shutil.copytree(out, tmp_path/'copy')
+    run = runs_of('mtssrl-table6', 'smoke')[1]
+    path,content = copy/run.id/name, DAMAGES[damage]
+    if name == 'failed.json': (copy/run.id/'result.json').unlink()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    readers = [lambda: carry_out([run], copy, progress=False), lambda: run_recipe('mtssrl-table6', 'smoke', copy, progress=False),
+               lambda: recipe_status('mtssrl-table6', 'smoke', copy), lambda: describe_runs('mtssrl-table6', 'smoke', copy)]
+    if name == 'result.json': readers += [lambda: read_result(run, copy), lambda: results_table('mtssrl-table6', 'smoke', copy)]
+    for read in readers:
+        with pytest.raises(SleepnbError) as error: read()
+        assert str(path) in str(error.value) and f'Delete the folder {path.parent}: its run is then computed again.' in str(error.value)
+    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())   # it is still there
+    shutil.rmtree(path.parent)
+    assert runs_to_do([run], copy) == [run]
+
+def test_a_pretraining_without_weights_is_trained_again_where_they_are_needed(out, tmp_path, capsys):
+    copy = shutil.copytree(out, tmp_path/'copy')
+    before,after = runs_of('mtssrl-table6', 'smoke')
+    weights = copy/before.id/'weights.safetensors'
+    weights.unlink()
+    assert runs_to_do([before, after], copy) == []                    # nobody needs them
+    (copy/after.id/'result.json').unlink()
+    assert runs_to_do([after], copy) == [before, after] and runs_to_do([before], copy) == []
+    result = (copy/before.id/'result.json').read_bytes()
+    assert carry_out([after], copy) == {}
+    assert f'its weights are gone, and it is trained again: {before}' in capsys.readouterr().err
+    assert (copy/before.id/'result.json').read_bytes() == result      # the same code made it
+    one,two = (load_weights(o/before.id/'weights.safetensors')[0].state_dict() for o in (out, copy))
+    assert all((one[k] == v).all() for k,v in two.items())
+    assert read_result(after, copy)['scores'] == read_result(after, out)['scores']
+    assert runs_to_do([before, after], copy) == []
+
+def test_a_result_of_earlier_code_does_not_stay_beside_new_weights(out, tmp_path):
+    copy = shutil.copytree(out, tmp_path/'copy')
+    before,after = runs_of('mtssrl-table6', 'smoke')
+    (copy/before.id/'weights.safetensors').unlink()
+    shutil.rmtree(copy/after.id)
+    make_stale(before, copy)
+    assert carry_out([after], copy, progress=False) == {}
+    assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['done', 'done']
+
+@pytest.mark.parametrize('damage', ['empty', 'cut', 'one byte'])
+def test_damaged_weights_are_told_before_anything_begins(damage, out, tmp_path):
+    copy = shutil.copytree(out, tmp_path/'copy')
+    before,after = runs_of('mtssrl-table6', 'smoke')
+    shutil.rmtree(copy/after.id)
+    shutil.rmtree(copy/'stores')
+    path = copy/before.id/'weights.safetensors'
+    whole = path.read_bytes()
+    path.write_bytes(dict(empty=b'', cut=whole[:len(whole) // 2])[damage] if damage != 'one byte' else whole[:-1] + bytes([whole[-1] ^ 1]))
+    for begin in (lambda: carry_out([after], copy, progress=False), lambda: run_recipe('mtssrl-table6', 'smoke', copy, progress=False)):
+        with pytest.raises(WeightsError, match=re.escape(f'Delete the folder {path.parent}: the pretraining')): begin()
+    assert not (copy/after.id).exists() and not (copy/'stores').exists()
+    shutil.rmtree(path.parent)
+    assert runs_to_do([after], copy) == [before, after]
+
+def make_stale(run, out): # as if earlier code had made it
+    path = out/run.id/'result.json'
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | dict(made=found['made'] | dict(code='0', started='2000-01-01T00:00:00+00:00'))))
+
 def test_other_code_makes_results_stale(out, tmp_path):
     package = shutil.copytree(Path(sleepnb.__file__).parent, tmp_path/'sleepnb', ignore=shutil.ignore_patterns('__pycache__'))
-    assert code_checksum(package) == code_checksum()
+    checksum = lambda task='finetune': code_checksum.__wrapped__(task, package)
+    assert checksum() == code_checksum('finetune')
     file = package/'learner.py'
     text = file.read_text()
     file.write_text('# a word more\n' + text.replace('"Trains a network to stages from random weights."', '"Trains."'))
-    assert code_checksum.__wrapped__(package) == code_checksum()
+    assert checksum() == code_checksum('finetune')
     (package/'report.py').write_text('shown = 1')                     # does not decide
-    assert code_checksum.__wrapped__(package) == code_checksum()
+    assert checksum() == code_checksum('finetune')
     file.write_text(text.replace('lr:float=1e-3', 'lr:float=2e-3'))
-    assert code_checksum.__wrapped__(package) != code_checksum()
+    assert checksum() != code_checksum('finetune') and checksum('sleepsmc') != code_checksum('sleepsmc')
+    file.write_text(text)
+    for path,tasks in {'ssrl/mtssrl.py': {'pretrain', 'finetune', 'scratch'}, 'multimodal/contrast.py': {'sleepsmc'},
+                       'multimodal/sleepsmc.py': {'sleepsmc'}, 'multimodal/reliability.py': {*_UNUSED}}.items():
+        text = (package/path).read_text()
+        (package/path).write_text(text + '\nmore = 1\n')
+        assert {t for t in _UNUSED if checksum(t) != code_checksum(t)} == tasks
+        (package/path).write_text(text)
     copy = shutil.copytree(out, tmp_path/'copy')
-    path = copy/runs_of('mtssrl-table6', 'smoke')[0].id/'result.json'
-    path.write_text(json.dumps((found := json.loads(path.read_text())) | dict(made=found['made'] | dict(code='0'))))
-    assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['stale', 'done']
+    before,after = runs_of('mtssrl-table6', 'smoke')
+    make_stale(after, copy)
+    assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['done', 'stale']
+    copy = shutil.copytree(out, tmp_path/'another')
+    make_stale(before, copy)                                          # from which the other began
+    assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['stale', 'stale']
+
+class Forbids(ast.NodeTransformer):
+    "Whatever a function did, now it fails."
+    def visit_FunctionDef(self, node):
+        node.body = [ast.parse("raise AssertionError('this is not used')").body[0]]
+        return node
+
+@pytest.mark.parametrize('task', _UNUSED)
+def test_a_task_does_not_use_what_its_checksum_leaves_out(task, tmp_path):
+    "In a copy of the package in which no function of that works, it trains as here; and the other paper's does not."
+    package = shutil.copytree(Path(sleepnb.__file__).parent, tmp_path/'sleepnb', ignore=shutil.ignore_patterns('__pycache__'))
+    for path in package.rglob('*.py'):
+        if not path.relative_to(package).as_posix().startswith(_UNUSED[task]): continue
+        assert path.stem not in _SHOWS
+        tree = ast.parse(path.read_text())
+        path.write_text(ast.unparse(Forbids().visit(tree)))
+    code = ('import sys, sleepnb; from pathlib import Path; from sleepnb.recipes import *; from sleepnb.runs import *\n'
+            'assert Path(sleepnb.__file__).parent.parent == Path.cwd()\n'
+            'runs,smc = runs_of("mtssrl-table6", "smoke"), {r.what: r for r in runs_of("sleepsmc-table3", "smoke") if r.data == "nine-simulated"}\n'
+            'asked = dict(pretrain=runs[:1], finetune=runs, scratch=[Run("scratch", runs[1].config)],\n'
+            '             sleepsmc=[smc[o] for o in ("any, FeatureNet", "any, C", "all, C + U", "EOG, C + U")])\n'
+            'for task in sys.argv[1:]: print(carry_out(asked[task], "out", progress=False) or "fine")')
+    done = subprocess.run([sys.executable, '-c', code, task, 'pretrain' if task == 'sleepsmc' else 'sleepsmc'], cwd=tmp_path,
+                          capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=''))
+    assert done.returncode == 0, done.stderr
+    own,other = done.stdout.splitlines()
+    assert own == 'fine' and 'this is not used' in other
+
+def test_what_earlier_code_has_made_is_redone_when_asked(out, tmp_path):
+    copy = shutil.copytree(out, tmp_path/'copy')
+    before,after = runs_of('mtssrl-table6', 'smoke')
+    make_stale(before, copy)
+    shown = (copy/after.id/'result.json').read_bytes()
+    assert carry_out([after], copy, progress=False) == {} and (copy/after.id/'result.json').read_bytes() == shown
+    assert runs_to_do([after], copy) == [] and runs_to_do([after], copy, redo_stale=True) == [before, after]
+    assert carry_out([before], copy, redo_stale=True, progress=False) == {}
+    assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['done', 'stale']            # from other weights
+    assert carry_out([after], copy, redo_stale=True, progress=False) == {}
+    assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['done', 'done']
+    for run in (before, after): assert read_result(run, copy)['training'] == read_result(run, out)['training']
+    assert runs_to_do([after], copy, redo_stale=True) == []
+
+def test_what_cannot_be_redone_stays(out, tmp_path, monkeypatch):
+    copy = shutil.copytree(out, tmp_path/'copy')
+    before,after = runs_of('mtssrl-table6', 'smoke')
+    make_stale(before, copy)
+    results = [(copy/r.id/'result.json').read_bytes() for r in (before, after)]
+    def fail(*args): raise ValueError('no')
+    monkeypatch.setitem(sleepnb.runs.TASKS, 'pretrain', fail)
+    assert [*carry_out([after], copy, redo_stale=True, progress=False)] == [before.id, after.id]
+    assert [(copy/r.id/'result.json').read_bytes() for r in (before, after)] == results
+    assert [*carry_out([after], copy, redo_stale=True, progress=False)] == [before.id, after.id]  # without a second try
 
 def test_a_claim_is_a_difference_over_people(tmp_path):
     "Two runs made by hand: one is right always, the other in nine of ten epochs."
@@ -113,7 +251,7 @@ def test_a_claim_is_a_difference_over_people(tmp_path):
     for run,pred in zip(runs, (stage, wrong)):
         nights = [dict(using='EEG', cohort='c', subject=str(s), night='1', stage=stage, pred=pred) for s in range(4)]
         (tmp_path/run.id).mkdir()
-        (tmp_path/run.id/'result.json').write_text(json.dumps(dict(nights=nights)))
+        (tmp_path/run.id/'result.json').write_text(json.dumps(dict(id=run.id, scores={}, nights=nights, made={})))
     for run in runs: run.config['seed'] = 0                           # nights are the same only under the same seed
     found = compare_runs(runs[:1], runs[1:], out=tmp_path)
     f1 = f1_score([*stage], [*wrong], average='macro')
@@ -123,9 +261,13 @@ def test_a_claim_is_a_difference_over_people(tmp_path):
 
 def test_hours_by_hand():
     run = next(r for r in runs_of('sleepsmc-table2') if r.config['primary'] == 'EOG')
-    assert estimate_hours([run]) == pytest.approx(.64*30*480*10*.006*2 / 3600)
+    assert estimate_hours([run]) == pytest.approx((.64*30*480*10*.006*2 + 1) / 3600)
     run = runs_of('mtssrl-table6')[0]
-    assert estimate_hours([run]) == pytest.approx(520*100*.01 / 3600)
+    assert estimate_hours([run]) == pytest.approx((520*100*.01 + 1) / 3600)
+
+def test_hours_at_the_scale_smoke():
+    "What 20 runs took on a small machine: 33 seconds of a core, within a factor of two."
+    assert 16 < 3600*estimate_hours(runs_of('mtssrl-table4', 'smoke')) < 66
 
 def test_what_fails_is_noted_and_tried_again_when_asked(tmp_path):
     bad = Run('scratch', tiny(0).config | dict(rates=['fast']))
@@ -138,6 +280,18 @@ def test_what_fails_is_noted_and_tried_again_when_asked(tmp_path):
     carry_out([bad], tmp_path, retry=True, progress=False)
     assert (tmp_path/bad.id/'failed.json').stat().st_mtime_ns > before
     with pytest.raises(SleepnbError, match='there is no such backend'): carry_out([bad], tmp_path, backend='ray', progress=False)
+
+def test_jobs_and_schedulers_that_there_are_not(tmp_path):
+    import dask, distributed
+    for jobs in (0, -2):
+        with pytest.raises(SleepnbError, match=f'jobs is a number of processes .*found {jobs}'): carry_out([tiny(0)], tmp_path, jobs=jobs)
+    where = dict(backend='dask', scheduler='tcp://localhost:1', progress=False)
+    with dask.config.set({'distributed.comm.timeouts.connect': '1s'}), \
+            pytest.raises(SleepnbError, match='tcp://localhost:1: no scheduler of Dask answers'): carry_out([tiny(0)], tmp_path, **where)
+    assert not carry_out([tiny(0)], tmp_path, progress=False)
+    began = time.monotonic()
+    assert carry_out([tiny(0)], tmp_path, **where) == {}                      # nothing is left to do, and nobody is asked
+    assert time.monotonic() - began < 5
 
 def test_a_killed_run_goes_on_to_the_same_result(out, tmp_path):
     code = ('import sys; from sleepnb.runs import run_recipe, Checkpoint; Checkpoint.__init__.__defaults__ = (0.,); '
@@ -152,6 +306,37 @@ def test_a_killed_run_goes_on_to_the_same_result(out, tmp_path):
         one,two = (read_result(run, o) for o in (out, tmp_path))
         for k in ('scores', 'nights', 'training'): assert one[k] == two[k]
     assert not [*tmp_path.rglob('*checkpoint*')]
+
+def processes_below(pid):
+    "Ids of all that it has started, and of what these have."
+    rows = [line.split() for line in subprocess.run(['ps', '-A', '-o', 'pid=,ppid=,stat='], capture_output=True, text=True).stdout.splitlines()]
+    below = {int(p): int(parent) for p,parent,state in rows if not state.startswith('Z')}
+    found = {pid}
+    while more := {p for p,parent in below.items() if parent in found} - found: found |= more
+    return found - {pid}
+
+def alive(pids):
+    rows = [line.split() for line in subprocess.run(['ps', '-A', '-o', 'pid=,stat='], capture_output=True, text=True).stdout.splitlines()]
+    return pids & {int(p) for p,state in rows if not state.startswith('Z')}
+
+@pytest.mark.parametrize('how, backend', [(signal.SIGKILL, 'loky'), (signal.SIGTERM, 'loky'), (signal.SIGKILL, 'dask')])
+def test_workers_end_with_their_parent(how, backend, tmp_path):
+    "Trainings of minutes, of which the parent is ended: its workers end, too."
+    command = ['sleepnb', 'run', 'sleepsmc-table2', '--out', str(tmp_path), '--jobs', '2', '--backend', backend, '--yes']
+    with (tmp_path/'told').open('w') as told: parent = subprocess.Popen(command, stderr=told, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not [*tmp_path.glob('*/.lock')] and parent.poll() is None and time.monotonic() < deadline: time.sleep(.1)
+    below = processes_below(parent.pid)
+    assert len(below) >= 2
+    parent.send_signal(how)
+    deadline = time.monotonic() + 60
+    while parent.poll() is None and time.monotonic() < deadline: time.sleep(.2)
+    while alive(below) and time.monotonic() < deadline: time.sleep(.2)
+    left = alive(below | {parent.pid})
+    for p in left: os.kill(p, signal.SIGKILL)
+    told = (tmp_path/'told').read_text()
+    assert not left, told
+    if how == signal.SIGTERM: assert parent.returncode == 130 and 'The same command, given again, goes on.' in told, told
 
 def test_a_cluster_that_loses_a_worker(tmp_path):
     "Two Dask workers; the one that holds a run is killed. Every run finishes, and those that were finished are not touched."
@@ -217,7 +402,8 @@ def test_the_shell_computes_nothing_twice(tmp_path):
     assert f'20 runs, {len(before)} done' in again.stderr
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert all(is_done(r, tmp_path) for r in runs) and not [*tmp_path.rglob('failed.json')]
-    assert 'mtssrl-table4, scale smoke: 20 of 20 runs found' in again.stdout and '– (' not in again.stdout
+    assert 'mtssrl-table4, scale smoke: 20 of 20 runs found, 15 of 15 rows complete' in again.stdout
+    assert 'The numbers mean nothing' in again.stdout and '– (' not in again.stdout
     assert len(re.findall(r'\d+\.\d\d \(\d+\.\d\d\)', again.stdout)) == 30           # two metrics of the fifteen rows that are printed
     states = json.loads(subprocess.run(['sleepnb', 'runs', 'mtssrl-table4', '--scale', 'smoke', '--out', str(tmp_path), '--json'],
                                        capture_output=True, text=True, check=True).stdout)['mtssrl-table4']
