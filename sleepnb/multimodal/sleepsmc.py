@@ -98,7 +98,7 @@ class ModalityInput(nn.Module):
         x,there = zip(*(self._of_cohort(k, p) for k,p in parts.items()))
         return torch.cat(x), torch.cat(there)
 
-# %% ../../nbs/420_multimodal.sleepsmc.ipynb #a7add08e
+# %% ../../nbs/420_multimodal.sleepsmc.ipynb #3b095e0a
 FUSIONS = ('head', 'mean')
 
 class SleepSMC(nn.Module):
@@ -117,12 +117,13 @@ class SleepSMC(nn.Module):
     ):
         "Raises `SleepnbError` for modalities or modes that do not exist, or as `ModalityInput` does."
         super().__init__()
+        for_all = 'To stage with all of them, primary=None.'
         if primary not in (None, *modalities) or len({*modalities}) < len(modalities):
             raise SleepnbError('the primary is one of the modalities, each of which is named once',
-                               expected=', '.join(modalities), found=str(primary), remedy='To stage with all of them, primary=None.')
+                               expected=', '.join(modalities), found=str(primary), remedy=for_all)
         if hide and primary:
-            raise SleepnbError('only a fused classifier can have modalities hidden from it', found=f'hide={hide}, primary={primary!r}',
-                               remedy='To stage with all of them, primary=None.')
+            raise SleepnbError('only a fused classifier can have modalities hidden from it',
+                               found=f'hide={hide}, primary={primary!r}', remedy=for_all)
         if channel_mode not in CHANNEL_MODES:
             raise SleepnbError('channel mode is unknown', expected=', '.join(CHANNEL_MODES), found=repr(channel_mode))
         self.modalities,self.primary,self.hide,self.using = tuple(modalities), primary, hide, None
