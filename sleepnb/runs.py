@@ -239,14 +239,14 @@ def _result(run, dls, made, table, started, clock)->dict:
     return dict(id=run.id, task=run.task, config=run.config, parent=run.parent and run.parent.id, scores=scores, nights=nights,
                 training=_no_nan(table).to_dict('list'), made=_provenance(run.task, dls, started, clock))
 
-# %% ../nbs/620_runs.ipynb #ede9e782
+# %% ../nbs/620_runs.ipynb #68fcdf65
 def _read_json(path, keys): # `None` if there is no such file
     try: found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError): return None
     except ValueError: found = None
     if isinstance(found, dict) and keys <= found.keys(): return found
     raise SleepnbError('the file is damaged, or not what a run leaves', where=path,
-                       remedy=f'Delete the folder {path.parent}: its run is then computed again.')
+                       remedy='Delete this file: what it told is then found out again.')
 
 def read_result(
     run:Run|str,  # or its id
@@ -299,12 +299,19 @@ def runs_to_do(
         if not _is_wanting(p, out, redo_stale, True): _check_weights(p, out)     # others have failed
     return [r for r in asked if r in todo]
 
-# %% ../nbs/620_runs.ipynb #530d020a
+# %% ../nbs/620_runs.ipynb #e700da15
 _ALONE = Lock() # a worker of Dask may have several threads
 
 def _note_failed(run, out, why, traceback=''):
     (out/run.id).mkdir(parents=True, exist_ok=True)
     _write_json(out/run.id/'failed.json', dict(run=run.id, config=run.config, why=why, traceback=traceback))
+
+def _begin(run, folder, out): # checkpoints of other code, or from other weights, are of another training
+    weights = (out/run.parent.id/'weights.safetensors').read_bytes() if run.parent else b''
+    begun,noted = f'{code_checksum(run.task)} {hashlib.sha256(weights).hexdigest()}', folder/'begun'
+    if noted.exists() and noted.read_text() == begun: return
+    for left in folder.glob('*checkpoint.safetensors'): left.unlink()
+    noted.write_text(begun)
 
 def _carry_out(
     run:Run,
@@ -323,6 +330,7 @@ def _carry_out(
         try:
             if run.parent and _is_wanting(run.parent, out, redo_stale, weights=True):
                 raise SleepnbError('the pretraining of this run has not succeeded', where=run.parent.id)
+            _begin(run, folder, out)
             dls,made,table = TASKS[run.task](run, folder, out/'stores', str(run) if progress else '')
             if not is_done(run, out) or _is_stale(run, out):                             # or else only weights were gone
                 _write_json(folder/'result.json', _result(run, dls, made, table, started, clock))
@@ -330,7 +338,7 @@ def _carry_out(
             why = f'{type(error).__name__}: {error}'
             _note_failed(run, out, why, traceback.format_exc())
             return why
-        for left in folder.glob('*checkpoint.safetensors'): left.unlink()
+        for left in (*folder.glob('*checkpoint.safetensors'), folder/'begun'): left.unlink(missing_ok=True)
         return ''
 
 # %% ../nbs/620_runs.ipynb #160780b2

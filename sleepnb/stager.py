@@ -257,7 +257,7 @@ def _is_envelope(
     above,whole = (power[:, _ENVELOPE_HZ*EPOCH_SEC:] - noise).sum(-1), power.sum(-1)
     return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
 
-# %% ../nbs/600_stager.ipynb #c4e212db
+# %% ../nbs/600_stager.ipynb #bc1e0d40
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -303,6 +303,24 @@ def _scaled(
     stats = [_stats(o[by], g[by]) if g[by].any() else _stats(o, g) for o,g in zip(x, good)]
     return _Prepared(x, *np.array(stats).T, quality)
 
+def _good_eyes(
+    found:ResolvedMontage,
+    recording:Recording,
+    span:tuple[float, int], # seconds to the first epoch; number of epochs
+)->tuple[ResolvedMontage, list[str]]: # and notes
+    "Where an eye has no signal most of the time, the other is used alone."
+    joined = next((d for d in found.derivations if d.got and d.got.name == 'E1-E2' and len(d.terms) == 2), None)
+    if not joined: return found, []
+    read = lambda i: read_terms(recording, {i: 1}, {}, span)[0]
+    good = {i: (signal_quality(read(i), recording.fs[i], Modality.EOG, span[1]) == 'good').sum() for i in joined.terms}
+    worse,better = sorted(good, key=good.get)
+    if 2*good[worse] >= good[better]: return found, []
+    bad,eye = found.recorded[worse], found.recorded[better]
+    alone = Derivation(joined.wanted, eye, {better: 1}, eye.recorded)
+    made = replace(found, derivations=[alone if d is joined else d for d in found.derivations],
+                   unused=found.unused | {worse: 'no signal most of the time'})
+    return made, [f'{bad.name} has no signal most of the time: {eye.name} is used alone']
+
 def _prepare(
     recording:Recording,
     found:ResolvedMontage,
@@ -316,9 +334,11 @@ def _prepare(
         signal,fs = read_terms(recording, d.terms, cache, span)
         modality = d.got.modality
         quality[:, k] = signal_quality(signal, fs, modality, n)
-        if len(d.terms) > 1:                                          # the difference hides where an amplifier ends
+        if len(d.terms) > 1:              # the difference hides where an amplifier ends, and that only one eye was recorded
+            hidden = ('clipped', 'flat', 'noise') if modality == Modality.EOG else ('clipped',)
             for i in d.terms:
-                quality[signal_quality(cache[i], recording.fs[i], modality, n) == 'clipped', k] = 'clipped'
+                of = signal_quality(cache[i], recording.fs[i], modality, n)
+                quality[np.isin(of, hidden), k] = of[np.isin(of, hidden)]
         if modality != Modality.EMG and fs >= 20: spreads[d.got.name] = _spread(signal, fs)
         low,high = getattr(recipe, modality.lower())
         envelope = modality == Modality.EMG and (fs < 20 or _is_envelope(signal, fs))
@@ -443,22 +463,23 @@ def _find_night(
     found = start + (np.flatnonzero(likely) if likely.any() else np.arange(n // 4))
     return slice(max(0, 4*int(found[0]) - margin), 4*int(found[-1]) + 4 + margin)
 
-# %% ../nbs/600_stager.ipynb #5a712185
+# %% ../nbs/600_stager.ipynb #a0f6ed83
 _NO_DATE = date(1985, 1, 1) # what EDF writes where there is none
 
 def _least_inside(
     hypnogram:Hypnogram,
     start:datetime|None, # of the recording
+    duration:float,      # of the recording, seconds
     otherwise:float,
 )->float:                # share of the hypnogram that must lie in the recording, as for `align`
-    "A recording that begins while it was scored, by the dates of both, may be a part of what was scored."
+    "A recording that begins while it was scored and lies in what was scored, by the dates of both, may be a part of it."
     begun = hypnogram.start
     if start is None or not isinstance(begun, datetime) or _NO_DATE in (start.date(), begun.date()): return otherwise
     seconds = (start.replace(tzinfo=None) - begun.replace(tzinfo=None)).total_seconds()
-    ends = (hypnogram.onset + hypnogram.duration)[hypnogram.stage != UNSCORED]
-    return 0. if EPOCH_SEC <= seconds < ends.max(initial=0) else otherwise
+    end = (hypnogram.onset + hypnogram.duration)[hypnogram.stage != UNSCORED].max(initial=0)
+    return 0. if EPOCH_SEC <= seconds and end - seconds >= otherwise*duration else otherwise
 
-# %% ../nbs/600_stager.ipynb #be1ec2a6
+# %% ../nbs/600_stager.ipynb #6546ad89
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -512,7 +533,7 @@ class Staging:
             raise HypnogramError('there is nothing to compare with', where=self.name, remedy='Give a hypnogram.')
         if isinstance(hypnogram, (str, Path)): hypnogram = read_hypnogram(hypnogram)
         if not isinstance(hypnogram, Hypnogram): return check_stages(hypnogram, 'hypnogram')
-        least = _least_inside(hypnogram, self.start, self.least_inside)
+        least = _least_inside(hypnogram, self.start, self.onset + len(self.stages)*self.epoch_sec, self.least_inside)
         stages,first,_ = align(hypnogram, self.onset + len(self.stages)*self.epoch_sec, self.start, least)
         shift = (first - self.onset) / self.epoch_sec
         if abs(shift - round(shift)) > .02:
@@ -574,7 +595,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #e7e7b474
+# %% ../nbs/600_stager.ipynb #d23bc1f7
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -588,7 +609,7 @@ def _scored(
         onset = recording.onset if isinstance(recording, Night) else 0.
         return (own if own is not None and (own != UNSCORED).any() else None), onset, []
     if not isinstance(hypnogram, Hypnogram): hypnogram = read_hypnogram(hypnogram)
-    if (own := source.source.least_inside) and not (least := _least_inside(hypnogram, source.start, own)):
+    if (own := source.source.least_inside) and not (least := _least_inside(hypnogram, source.start, source.duration, own)):
         stages,first,notes = align(hypnogram, source.duration, source.start, least)
         part = any('outside the recording' in n for n in notes)
         return stages, first, [*hypnogram.notes, *['by their dates, the recording is a part of what was scored'] * part, *notes]
@@ -750,12 +771,13 @@ class Stager:
         n = int((end - onset + 1e-3) // EPOCH_SEC)
         if n < 1:
             raise RecordingError(f'{"this part of " if part else ""}the recording is shorter than one epoch',
-                                 where=source.where, expected=f'{EPOCH_SEC} s or more', found=f'{end - tmin:g} s')
+                                 where=source.where, expected=f'{EPOCH_SEC} s or more', found=f'{end - onset:g} s')
         if (rest := end - onset - n*EPOCH_SEC) > .05: notes.append(f'the last {rest:.4g} s fill no epoch')
         if part and reference is not None: reference = reference[:n]
+        found,alone = _good_eyes(found, source, (onset, n))
         prepared,more = _prepare(source, found, self.recipe, (onset, n))
         if modalities is None and channels is None: notes += _unknown(found, self.modalities)
-        notes += more + _useless(found, prepared.quality)
+        notes += alone + more + _useless(found, prepared.quality)
         kinds = [d.got.modality.value for d in found.derivations]
         of = {m: [k for k,kind in enumerate(kinds) if kind == m] for m in self.modalities}
         how = dict(network=self.network, names=[d.got.name for d in found.derivations], cohort=cohort, of=of, fuse=fuse)

@@ -13,7 +13,7 @@ import sleepnb
 from sleepnb.core import SleepnbError, WeightsError
 from sleepnb.recipes import RECIPES, SCALES, Run, runs_of, table_rows
 from sleepnb.results import describe_runs, results_table
-from sleepnb.runs import (_SHOWS, _UNUSED, _workers, carry_out, code_checksum, compare_runs, estimate_hours, is_done, read_result,
+from sleepnb.runs import (_SHOWS, _UNUSED, _begin, _workers, carry_out, code_checksum, compare_runs, estimate_hours, is_done, read_result,
                           read_stages, recipe_status, recipe_table, run_recipe, runs_to_do)
 from sleepnb.weights import load_weights
 
@@ -113,9 +113,9 @@ def test_a_damaged_file_is_named_and_never_taken_for_a_missing_one(name, damage,
     if name == 'result.json': readers += [lambda: read_result(run, copy), lambda: results_table('mtssrl-table6', 'smoke', copy)]
     for read in readers:
         with pytest.raises(SleepnbError) as error: read()
-        assert str(path) in str(error.value) and f'Delete the folder {path.parent}: its run is then computed again.' in str(error.value)
+        assert str(path) in str(error.value) and 'Delete this file' in str(error.value)
     assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())   # it is still there
-    shutil.rmtree(path.parent)
+    path.unlink()
     assert runs_to_do([run], copy) == [run]
 
 def test_a_pretraining_without_weights_is_trained_again_where_they_are_needed(out, tmp_path, capsys):
@@ -306,6 +306,23 @@ def test_a_killed_run_goes_on_to_the_same_result(out, tmp_path):
         one,two = (read_result(run, o) for o in (out, tmp_path))
         for k in ('scores', 'nights', 'training'): assert one[k] == two[k]
     assert not [*tmp_path.rglob('*checkpoint*')]
+
+@pytest.mark.parametrize('other', ['code', 'weights of the pretraining'])
+def test_a_checkpoint_of_other_code_or_weights_is_not_continued(other, tmp_path):
+    parent,run = runs_of('mtssrl-table6', 'smoke')
+    folder,weights = tmp_path/run.id, tmp_path/parent.id/'weights.safetensors'
+    for made in (folder, weights.parent): made.mkdir()
+    weights.write_bytes(b'1')
+    left = [folder/'checkpoint.safetensors', folder/'lr 0.1.checkpoint.safetensors']
+    def begin(task):
+        _begin(Run(task, run.config, run.parent) if task != run.task else run, folder, tmp_path)
+        return [p.exists() for p in left]
+    for p in left: p.touch()
+    assert begin(run.task) == [False, False]                                  # nothing says whose these were
+    for p in left: p.touch()
+    assert begin(run.task) == [True, True]                                    # it goes on
+    if other != 'code': weights.write_bytes(b'2')
+    assert begin('sleepsmc' if other == 'code' else run.task) == [False, False]   # its checksum is another
 
 def processes_below(pid):
     "Ids of all that it has started, and of what these have."

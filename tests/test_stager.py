@@ -577,3 +577,19 @@ def test_eeg_under_names_of_its_own_is_told_of(tmp_path):
     assert any('staged without EEG, by EMG alone' in n and 'frontal (not EEG' in n for n in notes)
     named = Stager.load().stage(file, aliases={'frontal': 'C3-M2'})
     assert named.modalities == ('EEG', 'EMG') and not any('without EEG' in n for n in named.notes)
+
+@pytest.mark.parametrize('bad', [0, np.nan, 'noise'])
+@pytest.mark.parametrize('lost', ['E1-M2', 'E2-M1'])
+def test_of_two_eyes_the_good_one_is_used_alone(stager, bad, lost):
+    names = ['C3-M2', 'E1-M2', 'E2-M1']
+    made = synth_night(names, n_epochs=40, subject='eyes')
+    def staged(x, epochs): # what becomes of the eyes, where one is bad from then on
+        x = x.copy()
+        x[names.index(lost), epochs*3000:] = np.random.default_rng(0).normal(0, 500, (40 - epochs)*3000) if bad == 'noise' else bad
+        return stager.stage(Night(list(x), [100]*3, [parse_channel(n) for n in names], made.stages))
+    other, = {'E1-M2', 'E2-M1'} - {lost}
+    whole = staged(made.x, 0)
+    assert whole.channels.query('used').channel.tolist() == ['C3-M2', other]
+    assert any(f'{lost} has no signal most of the time: {other} is used alone' in n for n in whole.notes)
+    some = staged(made.x, 30).channels.set_index('channel')                           # good for most of the time
+    assert some.loc['E1-E2', 'epochs_good'] == 30
