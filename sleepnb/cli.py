@@ -633,7 +633,7 @@ def _places(
                                remedy='Name another folder: --out DIR.')
     return made
 
-# %% ../nbs/640_cli.ipynb #88896af5
+# %% ../nbs/640_cli.ipynb #a4b70d4f
 def _hypnogram_of(file, given, vocabulary, column): # read; `None` if there is none
     from sleepnb.data.psg import describe, find_hypnogram, read_hypnogram
     inside = describe(file)['hypnogram'] # refuses what is no recording
@@ -658,11 +658,11 @@ def _moment(text, option): # hours after the start of the recording, or a time o
                                           'or hours after the start of the recording, such as 1.5') from None
 
 def _part(file, start, stop): # from and to, as `Stager.stage` takes them; of moments or `None`
-    from sleepnb.data.psg import open_recording
+    from sleepnb.data.psg import _NO_DATE, open_recording
     if start is None and stop is None: return {}
     recording = open_recording(file)
     begin,end = recording.start, recording.duration
-    if time in (type(start), type(stop)) and begin in (None, datetime(1985, 1, 1)): # as EDF writes none
+    if time in (type(start), type(stop)) and begin in (None, datetime.combine(_NO_DATE, time())):
         raise RecordingError('the file does not say when it starts', where=file, found='a time of day',
                              remedy='Give hours after its start, such as --start 1.5.')
     def seconds(when, after): # of a time of day, the first that comes

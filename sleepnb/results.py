@@ -35,7 +35,7 @@ def _named(rows): # of a table, with `system` and `labels`
     labels = [read_settings(s).get('labels', '') for s in rows.setting]
     return rows.assign(system=[_system(row) for row in rows.itertuples()], labels=labels)
 
-# %% ../nbs/625_results.ipynb #c75648b2
+# %% ../nbs/625_results.ipynb #9ee895e5
 def describe_runs(
     recipe:str,           # a key of `RECIPES`
     scale:str='small',    # a key of `SCALES`
@@ -45,13 +45,14 @@ def describe_runs(
     dataset, and which systems are not built.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
-    state,rows = recipe_status(recipe, scale, out).state.value_counts(), table_rows(recipe, scale)
-    done,stale,failed = (state.get(s, 0) for s in ('done', 'stale', 'failed'))
-    said = f'{recipe}, scale {scale}: {done + stale} of {state.sum()} runs found'
+    status,rows = recipe_status(recipe, scale, out).state, table_rows(recipe, scale)
+    done,stale,failed = ((status == s).sum() for s in ('done', 'stale', 'failed'))
+    found = {*status.index[status.isin(['done', 'stale'])]}
+    said = f'{recipe}, scale {scale}: {done + stale} of {len(status)} runs found'
     if stale: said += f', {stale} of them made by earlier code'
     if failed: said += f', {failed} failed'
     built = rows[rows.runs.str.len() > 0]
-    complete = sum(all(is_done(run, out) for run in runs) for runs in built.runs)
+    complete = sum({run.id for run in runs} <= found for runs in built.runs)
     said += f', {complete} of {len(built)} rows complete'
     data = {row.dataset: row.runs[0].config['data'][0]['name'] for row in built.itertuples()}
     lines = [said, 'data: ' + ', '.join(f'{name} for {dataset}' for dataset,name in data.items())]

@@ -7,12 +7,12 @@ __all__ = ['EEG_SITES', 'QUALITIES', 'FLAT_UV', 'CLIPPED_SHARE', 'NOISE_UV', 'WH
            'LONG_HOURS', 'BATCH', 'NIGHT_HOURS', 'WAKE_MIN', 'OWN_WEIGHTS', 'OWN_NAME', 'signal_quality', 'open_source',
            'read_terms', 'Staging', 'Stager']
 
-# %% ../nbs/600_stager.ipynb #87e455d9
+# %% ../nbs/600_stager.ipynb #1d5a6516
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from importlib import resources
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from .core import (EPOCH_SEC, UNSCORED, HypnogramError, Modality, MontageError, RecordingError, SleepnbError, Stage,
                           WeightsError, plural)
 from .data.preprocess import FS, filter_resample, hold, robust_stats, to_epochs
-from .data.psg import (AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram, stages_of,
-                              usable_names, with_unusable)
+from .data.psg import (_NO_DATE, AMPLITUDES, Hypnogram, Night, Recording, align, open_recording, read_hypnogram,
+                              stages_of, usable_names, with_unusable)
 from .data.store import RECIPES, Recipe
 from .hypnogram import sleep_statistics, smooth_stages, stage_annotations, stage_table, write_stages
 from .metrics import agreement, check_stages, confusion
@@ -257,7 +257,7 @@ def _is_envelope(
     above,whole = (power[:, _ENVELOPE_HZ*EPOCH_SEC:] - noise).sum(-1), power.sum(-1)
     return bool((whole > 0).any() and np.median((above / np.maximum(whole, 1e-12))[whole > 0]) < _ENVELOPE_SHARE)
 
-# %% ../nbs/600_stager.ipynb #bc1e0d40
+# %% ../nbs/600_stager.ipynb #504a0f86
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     x:list[np.ndarray]      # per channel `(epochs, 3000)` float32, µV
@@ -307,11 +307,12 @@ def _good_eyes(
     found:ResolvedMontage,
     recording:Recording,
     span:tuple[float, int], # seconds to the first epoch; number of epochs
+    cache:dict,             # as for `read_terms`
 )->tuple[ResolvedMontage, list[str]]: # and notes
     "Where an eye has no signal most of the time, the other is used alone."
     joined = next((d for d in found.derivations if d.got and d.got.name == 'E1-E2' and len(d.terms) == 2), None)
     if not joined: return found, []
-    read = lambda i: read_terms(recording, {i: 1}, {}, span)[0]
+    read = lambda i: read_terms(recording, {i: 1}, cache, span)[0]
     good = {i: (signal_quality(read(i), recording.fs[i], Modality.EOG, span[1]) == 'good').sum() for i in joined.terms}
     worse,better = sorted(good, key=good.get)
     if 2*good[worse] >= good[better]: return found, []
@@ -326,8 +327,9 @@ def _prepare(
     found:ResolvedMontage,
     recipe:Recipe,
     span:tuple[float, int], # seconds to the first epoch; number of epochs
+    cache:dict|None=None,   # as for `read_terms`; emptied
 )->tuple[_Prepared, list[str]]: # and notes
-    n,made,cache,spreads = span[1], found.derivations, {}, {}
+    n,made,spreads,cache = span[1], found.derivations, {}, {} if cache is None else cache
     x,quality,notes = [], np.empty((n, len(made)), 'U8'), []
     left = Counter(i for d in made for i in d.terms)
     for k,d in enumerate(made):
@@ -463,9 +465,7 @@ def _find_night(
     found = start + (np.flatnonzero(likely) if likely.any() else np.arange(n // 4))
     return slice(max(0, 4*int(found[0]) - margin), 4*int(found[-1]) + 4 + margin)
 
-# %% ../nbs/600_stager.ipynb #a0f6ed83
-_NO_DATE = date(1985, 1, 1) # what EDF writes where there is none
-
+# %% ../nbs/600_stager.ipynb #8790937a
 def _least_inside(
     hypnogram:Hypnogram,
     start:datetime|None, # of the recording
@@ -479,7 +479,7 @@ def _least_inside(
     end = (hypnogram.onset + hypnogram.duration)[hypnogram.stage != UNSCORED].max(initial=0)
     return 0. if EPOCH_SEC <= seconds and end - seconds >= otherwise*duration else otherwise
 
-# %% ../nbs/600_stager.ipynb #6546ad89
+# %% ../nbs/600_stager.ipynb #8cdeab55
 @dataclass(frozen=True, eq=False, repr=False)
 class Staging:
     "Stages of one night, and all that belongs to them."
@@ -533,8 +533,9 @@ class Staging:
             raise HypnogramError('there is nothing to compare with', where=self.name, remedy='Give a hypnogram.')
         if isinstance(hypnogram, (str, Path)): hypnogram = read_hypnogram(hypnogram)
         if not isinstance(hypnogram, Hypnogram): return check_stages(hypnogram, 'hypnogram')
-        least = _least_inside(hypnogram, self.start, self.onset + len(self.stages)*self.epoch_sec, self.least_inside)
-        stages,first,_ = align(hypnogram, self.onset + len(self.stages)*self.epoch_sec, self.start, least)
+        duration = self.onset + len(self.stages)*self.epoch_sec
+        least = _least_inside(hypnogram, self.start, duration, self.least_inside)
+        stages,first,_ = align(hypnogram, duration, self.start, least)
         shift = (first - self.onset) / self.epoch_sec
         if abs(shift - round(shift)) > .02:
             raise HypnogramError('epochs of the hypnogram begin between epochs that were staged', where=hypnogram.where,
@@ -595,7 +596,7 @@ class Staging:
         if self.smoothed: lines.append('  smoothed over epochs')
         return '\n'.join(lines + [f'  note: {o}' for o in self.notes])
 
-# %% ../nbs/600_stager.ipynb #d23bc1f7
+# %% ../nbs/600_stager.ipynb #eeff8d6e
 OWN_WEIGHTS = Path(str(resources.files('sleepnb')/'stager.safetensors')) # those that come with sleepnb
 OWN_NAME = 'the weights that come with sleepnb (learned from simulated nights only)'
 
@@ -774,8 +775,8 @@ class Stager:
                                  where=source.where, expected=f'{EPOCH_SEC} s or more', found=f'{end - onset:g} s')
         if (rest := end - onset - n*EPOCH_SEC) > .05: notes.append(f'the last {rest:.4g} s fill no epoch')
         if part and reference is not None: reference = reference[:n]
-        found,alone = _good_eyes(found, source, (onset, n))
-        prepared,more = _prepare(source, found, self.recipe, (onset, n))
+        found,alone = _good_eyes(found, source, (onset, n), cache := {})
+        prepared,more = _prepare(source, found, self.recipe, (onset, n), cache)
         if modalities is None and channels is None: notes += _unknown(found, self.modalities)
         notes += alone + more + _useless(found, prepared.quality)
         kinds = [d.got.modality.value for d in found.derivations]

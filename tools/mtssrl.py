@@ -55,7 +55,6 @@ ARMS = { # cohorts, arguments of the learner, targets
     'equal': ('SIA', dict(weighting='equal'), 'SIA'),
     **{f'{t} only': ('SIA', dict(tasks=(t,), weighting='equal'), 'I') for t in TASKS},
     'TS only, far': ('SIA', dict(tasks=('TS',), weighting='equal', far=120), ''),
-    'equal, 4 passes': ('SIA', dict(weighting='equal', passes=4), 'SIA'),
     **{f'{c} alone': (c, {}, c) for c in COHORTS},
     'shared': ('SIA', dict(align='shared'), 'A'),
     'shared without A': ('SI', dict(align='shared'), 'A')}
@@ -79,9 +78,9 @@ def pretrain(work, arm):
     stores = stores_of(work, cohorts)
     draw = partial(draw_triplets, far=kwargs.get('far', 30))
     dls = pretraining_loaders(stores, holdout_split(stores.nights), draw, bs=BATCH)
-    learn = mtssrl_learner(dls, **DEFAULTS | {k: v for k,v in kwargs.items() if k not in ('far', 'passes')})
+    learn = mtssrl_learner(dls, **DEFAULTS | {k: v for k,v in kwargs.items() if k != 'far'})
     print(arm, len(dls.train), 'steps a pass', flush=True)
-    with learn.no_bar(): learn.fit(kwargs.get('passes', round(STEPS / len(dls.train))), cbs=Checkpoint(work/f'pretraining {arm}.safetensors'))
+    with learn.no_bar(): learn.fit(round(STEPS / len(dls.train)), cbs=Checkpoint(work/f'pretraining {arm}.safetensors'))
     table = learn.task_record.table.assign(arm=arm)
     valid = pd.DataFrame(list(learn.recorder.values), columns=learn.recorder.metric_names[1:-1])
     table = table.merge(valid.add_prefix('valid ').assign(**{'pass': range(len(valid))}), on='pass')
