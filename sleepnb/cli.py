@@ -6,7 +6,7 @@
 __all__ = ['app', 'train', 'main', 'demo', 'simulate', 'info', 'prepare', 'pretrain', 'finetune', 'supervised', 'sleepsmc',
            'featurenet', 'evaluate', 'stage', 'export', 'recipe', 'recipes']
 
-# %% ../nbs/640_cli.ipynb #219d2eea
+# %% ../nbs/640_cli.ipynb #c3de57a3
 import json
 import math
 import os
@@ -24,7 +24,8 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .core import HypnogramError, MontageError, RecordingError, SleepnbError, Stage, WeightsError, plural, unwritable
+from .core import (HypnogramError, MontageError, RecordingError, SleepnbError, Stage, WeightsError, check_jobs,
+                          plural, unwritable)
 
 # %% ../nbs/640_cli.ipynb #e29bd06b
 _plain = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -86,7 +87,7 @@ def main():
     if code == 130: _say('interrupted.' + ' The same command, given again, goes on.'*goes_on)
     sys.exit(code or 0)
 
-# %% ../nbs/640_cli.ipynb #2e89b208
+# %% ../nbs/640_cli.ipynb #8d44307b
 _ONSETS = 'Write their onsets in seconds from the start of the recording'
 _ARGUMENTS = dict(unit='unit', channels='channels', aliases='alias', vocabulary='vocabulary', column='column',
                   wanted='channels', tmin='start', tmax='stop', ending='ending', subject='subject', channel_mode='channel-mode')
@@ -119,11 +120,6 @@ def _in_shell(error:Exception)->Exception:
             error.expected,error.found = None, f'another training: other {", ".join(differ)}'
         for k in ('what', 'expected', 'found', 'remedy'): setattr(error, k, (v := getattr(error, k)) and _as_options(v))
     return error
-
-def _checked_jobs(n:int)->int:
-    if n < 1 and n != -1:
-        raise SleepnbError('jobs is a number of processes', found=f'--jobs {n}', expected='1 or more, or -1 for one per core')
-    return n
 
 def _check_folder(
     folder:Path,  # may not exist yet
@@ -158,7 +154,7 @@ def demo(
     typer.echo(summary(run_demo(out, scale)))
     typer.echo(f'\n{out.expanduser().absolute()/"report.html"}')
 
-# %% ../nbs/640_cli.ipynb #a0969272
+# %% ../nbs/640_cli.ipynb #78cb2393
 @app.command()
 def simulate(
     cohort:Annotated[str, typer.Argument(help='sleep-edf (-20, -78), isruc (-s1, -s3), mass or anphy.')],
@@ -168,7 +164,7 @@ def simulate(
     hours:Annotated[float, typer.Option(help='Mean length of a recording, .1 to 24.')]=8,
     seed:Annotated[int, typer.Option(help='Another seed, other people.')]=0,
     whole_cap:Annotated[bool, typer.Option('--whole-cap', help='Of ANPHY-Sleep, all 83 electrodes.')]=False,
-    jobs:Annotated[int, typer.Option(metavar='N', callback=_checked_jobs, help='Processes; -1 is one per core.')]=1,
+    jobs:Annotated[int, typer.Option(metavar='N', callback=check_jobs, help='Processes; -1 is one per core.')]=1,
 ):
     "Write simulated nights as files, in the layout of a dataset and with its surprises."
     _check_folder(folder, 'Name another folder.')
@@ -212,7 +208,7 @@ def info(
         typer.echo(f'  hypnogram: {stages["file"]}, {plural(stages["epochs"], "epoch")} ({counts})')
     for note in found['notes']: typer.echo(f'  note: {_as_options(note)}')
 
-# %% ../nbs/640_cli.ipynb #2f284858
+# %% ../nbs/640_cli.ipynb #0e76057e
 def _aliases(given): # NAME=CHANNEL, of each
     if bad := [o for o in given or () if not all(o.rpartition('='))]:
         raise SleepnbError('an alias has two sides', expected='NAME=CHANNEL, such as X1=Chin', found=bad[0])
@@ -238,7 +234,7 @@ def prepare(
     folder:Annotated[Path, typer.Argument(metavar='DIR', help='Where its files are.')],
     store:Annotated[Path, typer.Option(metavar='DIR', help='Folder for the prepared nights; made, or continued.')],
     recipe:Annotated[str, typer.Option(metavar='NAME', help='How signals are filtered: mtssrl, sleepsmc or stager.')]='stager',
-    jobs:Annotated[int, typer.Option(metavar='N', callback=_checked_jobs, help='Processes; -1 is one per core.')]=1,
+    jobs:Annotated[int, typer.Option(metavar='N', callback=check_jobs, help='Processes; -1 is one per core.')]=1,
     channels:Annotated[str|None, typer.Option(metavar='NAMES', help='Channels to keep, with commas: C3-M2,C4-M1,E1,Chin. '
         'Default: those of the dataset, or those that half of the recordings have.')]=None,
     alias:Annotated[list[str]|None, _alias]=None,
@@ -821,7 +817,7 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #17789301
+# %% ../nbs/640_cli.ipynb #d8541a57
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
@@ -843,7 +839,7 @@ def recipe(
     name:Annotated[str, typer.Argument(metavar='RECIPE', help='A table, such as mtssrl-table4; sleepnb runs lists them.')],
     scale:Annotated[_Scale, _scale]=_Scale.small,
     out:Annotated[Path, _runs]=Path('runs'),
-    jobs:Annotated[int, typer.Option('--jobs', metavar='N', callback=_checked_jobs,
+    jobs:Annotated[int, typer.Option('--jobs', metavar='N', callback=check_jobs,
                                      help='Trainings side by side; -1 is one per core.')]=1,
     backend:Annotated[_Backend, typer.Option('--backend', help='loky: this machine; dask: a cluster.')]=_Backend.loky,
     scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Of Dask: tcp://login1:8786, or the file that '

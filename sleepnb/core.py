@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['EPOCH_SEC', 'UNSCORED', 'Stage', 'Modality', 'SleepnbError', 'RecordingError', 'MontageError', 'HypnogramError',
-           'StoreError', 'SplitError', 'WeightsError', 'plural', 'seed_of', 'rng', 'write_whole', 'unwritable']
+           'StoreError', 'SplitError', 'WeightsError', 'plural', 'check_jobs', 'seed_of', 'rng', 'write_whole',
+           'unwritable']
 
-# %% ../nbs/000_core.ipynb #2cf1b529
+# %% ../nbs/000_core.ipynb #ccf5b589
 import json
 import os
 from enum import IntEnum, StrEnum
 from hashlib import blake2b
+from numbers import Integral
 from operator import index
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -76,6 +78,14 @@ def plural(
 )->str:
     "A number of things, in words that fit it."
     return f'{n} {what}' + ('' if n == 1 else 's')
+
+# %% ../nbs/000_core.ipynb #e2562152
+def check_jobs(
+    jobs:int, # processes; −1 is one per core
+)->int:       # the same
+    "Raises `SleepnbError` for what is no number of processes."
+    if isinstance(jobs, Integral) and not isinstance(jobs, bool) and (jobs >= 1 or jobs == -1): return jobs
+    raise SleepnbError('jobs is a number of processes', expected='1 or more, or -1 for one per core', found=repr(jobs))
 
 # %% ../nbs/000_core.ipynb #48f2fbf7
 def seed_of(

@@ -63,7 +63,7 @@ class Run:
         said = f'{self.task} on {self.data}', self.what, self.split, f'seed {self.config.get("seed")}'
         return f'{", ".join(filter(None, said))} ({self.id})'
 
-# %% ../nbs/615_recipes.ipynb #9ffde43d
+# %% ../nbs/615_recipes.ipynb #1d5fb834
 @dataclass(frozen=True)
 class Scale:
     "How much is trained, and on what."
@@ -84,7 +84,7 @@ SCALES = {s.name: s for s in (
           sleepsmc=dict(batch=16, pass_steps=5, passes=1)),
     Scale('small', 30, 480, pretrain=_SHORT | dict(steps=520, batch=100),
           tune=dict(rates=[1e-3, 3e-3], drop=0., batch=100, pass_steps=100, passes=8, unfreeze=[1, 2, 3], patience=4),
-          sleepsmc=dict(batch=128, pass_steps=1, passes=10)),
+          sleepsmc=dict(batch=128, pass_steps=1, passes=6)),
     Scale('paper', splits=(0, 1, 2), folds=(0, 1, 2, 3, 4), seeds=(0, 1, 2),
           pretrain=dict(lr=1e-4, drop=.5, passes=400, batch=100),
           tune=dict(rates=[1e-4], drop=.5, batch=100, pass_steps=1, passes=100, unfreeze=[10, 20, 30], patience=20),

@@ -902,7 +902,7 @@ WRONG = { # why → command; @ is the folder of the files
     'takes no such option (found --alias)': ['prepare', *FILES, '@new', '--alias', 'X9=Chin'],
     'jobs is a number of processes': ['prepare', *FILES, '@new', '--jobs', '0'],
     'several files could be the hypnogram': ['prepare', 'folder', *FILES[1:], '@new'],
-    'or -1 for one per core; found --jobs -5': ['simulate', 'isruc-s3', '@new', '--jobs', '-5'],
+    'or -1 for one per core; found -5': ['simulate', 'isruc-s3', '@new', '--jobs', '-5'],
     'or -1 for one per core; found --jobs -2': ['prepare', *FILES, '@new', '--jobs', '-2'],
     'or -1 for one per core; found --jobs 0': ['run', 'mtssrl-table4', '--out', '@new', '--jobs', '0'],
     'Name the one that sleepnb run was given': ['runs', '--out', '@none'],

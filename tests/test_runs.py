@@ -13,8 +13,9 @@ import sleepnb
 from sleepnb.core import SleepnbError, WeightsError
 from sleepnb.recipes import RECIPES, SCALES, Run, runs_of, table_rows
 from sleepnb.results import describe_runs, results_table
-from sleepnb.runs import (_SHOWS, _UNUSED, _begin, _workers, carry_out, code_checksum, compare_runs, estimate_hours, is_done, read_result,
-                          read_stages, recipe_status, recipe_table, run_recipe, runs_to_do)
+from sleepnb.runs import (_begin, _workers, carry_out, compare_runs, estimate_hours, is_done, read_result, read_stages, recipe_status,
+                          recipe_table, run_recipe, runs_to_do)
+from sleepnb.trainings import _SHOWS, _UNUSED, TASKS, code_checksum
 from sleepnb.weights import load_weights
 
 @pytest.fixture(scope='module')
@@ -172,15 +173,19 @@ def test_other_code_makes_results_stale(out, tmp_path):
     text = file.read_text()
     file.write_text('# a word more\n' + text.replace('"Trains a network to stages from random weights."', '"Trains."'))
     assert checksum() == code_checksum('finetune')
+    error = next(line for line in text.splitlines() if line.strip().startswith('raise '))
+    file.write_text(text.replace(error, error.replace("'", "'other words: ", 1)))
+    assert file.read_text() != text and checksum() == code_checksum('finetune')
     (package/'report.py').write_text('shown = 1')                     # does not decide
     assert checksum() == code_checksum('finetune')
     file.write_text(text.replace('lr:float=1e-3', 'lr:float=2e-3'))
     assert checksum() != code_checksum('finetune') and checksum('sleepsmc') != code_checksum('sleepsmc')
     file.write_text(text)
     for path,tasks in {'ssrl/mtssrl.py': {'pretrain', 'finetune', 'scratch'}, 'multimodal/contrast.py': {'sleepsmc'},
-                       'multimodal/sleepsmc.py': {'sleepsmc'}, 'multimodal/reliability.py': {*_UNUSED}}.items():
+                       'multimodal/sleepsmc.py': {'sleepsmc'}, 'multimodal/reliability.py': {*TASKS}, 'trainings.py': {*_UNUSED},
+                       'synth.json': {*_UNUSED}, 'paper_tables.csv': set()}.items():
         text = (package/path).read_text()
-        (package/path).write_text(text + '\nmore = 1\n')
+        (package/path).write_text(text + ('\nmore = 1\n' if path.endswith('.py') else '\n'))
         assert {t for t in _UNUSED if checksum(t) != code_checksum(t)} == tasks
         (package/path).write_text(text)
     copy = shutil.copytree(out, tmp_path/'copy')
@@ -211,7 +216,11 @@ def test_a_task_does_not_use_what_its_checksum_leaves_out(task, tmp_path):
             'runs,smc = runs_of("mtssrl-table6", "smoke"), {r.what: r for r in runs_of("sleepsmc-table3", "smoke") if r.data == "nine-simulated"}\n'
             'asked = dict(pretrain=runs[:1], finetune=runs, scratch=[Run("scratch", runs[1].config)],\n'
             '             sleepsmc=[smc[o] for o in ("any, FeatureNet", "any, C", "all, C + U", "EOG, C + U")])\n'
-            'for task in sys.argv[1:]: print(carry_out(asked[task], "out", progress=False) or "fine")')
+            'from sleepnb.trainings import _store\n'
+            'Path("out/stores").mkdir(parents=True)\n'
+            'for task in sys.argv[1:]:\n'
+            '    if task == "nights": print(_store(runs[0].config["data"][0], Path("out/stores")).failed or "fine")\n'
+            '    else: print(carry_out(asked[task], "out", progress=False) or "fine")')
     done = subprocess.run([sys.executable, '-c', code, task, 'pretrain' if task == 'sleepsmc' else 'sleepsmc'], cwd=tmp_path,
                           capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=''))
     assert done.returncode == 0, done.stderr
@@ -238,7 +247,7 @@ def test_what_cannot_be_redone_stays(out, tmp_path, monkeypatch):
     make_stale(before, copy)
     results = [(copy/r.id/'result.json').read_bytes() for r in (before, after)]
     def fail(*args): raise ValueError('no')
-    monkeypatch.setitem(sleepnb.runs.TASKS, 'pretrain', fail)
+    monkeypatch.setitem(TASKS, 'pretrain', fail)
     assert [*carry_out([after], copy, redo_stale=True, progress=False)] == [before.id, after.id]
     assert [(copy/r.id/'result.json').read_bytes() for r in (before, after)] == results
     assert [*carry_out([after], copy, redo_stale=True, progress=False)] == [before.id, after.id]  # without a second try
@@ -294,7 +303,7 @@ def test_jobs_and_schedulers_that_there_are_not(tmp_path):
     assert time.monotonic() - began < 5
 
 def test_a_killed_run_goes_on_to_the_same_result(out, tmp_path):
-    code = ('import sys; from sleepnb.runs import run_recipe, Checkpoint; Checkpoint.__init__.__defaults__ = (0.,); '
+    code = ('import sys; from sleepnb.callbacks import Checkpoint; from sleepnb.runs import run_recipe; Checkpoint.__init__.__defaults__ = (0.,); '
             'run_recipe("mtssrl-table6", "smoke", sys.argv[1], progress=False)')     # written down after every step
     first,second = runs_of('mtssrl-table6', 'smoke')
     process = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)])

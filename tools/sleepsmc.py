@@ -31,7 +31,7 @@ from sleepnb.data.store import Cohort, EpochStore, prepare
 from sleepnb.learner import extract_features, load_learner, predict_stages, save_learner, score_subsets, sleepsmc_learner
 from sleepnb.montage import parse_channel
 from sleepnb.recipes import read_settings, table_rows
-from sleepnb.runs import KeepEach
+from sleepnb.trainings import KeepEach
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
 

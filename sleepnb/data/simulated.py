@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENSORS', 'ENVELOPE_GAIN', 'DATASETS', 'FORMAT', 'Trace', 'Files', 'Dataset', 'simulate']
 
-# %% ../../nbs/160_data.simulated.ipynb #7b58dbaf
+# %% ../../nbs/160_data.simulated.ipynb #c4ea5d5b
 import hashlib
 import json
 import os
@@ -26,7 +26,7 @@ from scipy.signal import butter, sosfilt
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import EPOCH_SEC, RecordingError, SleepnbError, Stage, rng
+from ..core import EPOCH_SEC, RecordingError, SleepnbError, Stage, check_jobs, rng
 from .cohorts import COHORTS, SHORT_NAMES, SIMULATED
 from .psg import open_recording
 from .store import Cohort
@@ -383,7 +383,7 @@ def _sweep(
         except ProcessLookupError: temporary.unlink(missing_ok=True)
         except (PermissionError, ValueError): pass      # it lives, and is somebody else's; or the file is not ours
 
-# %% ../../nbs/160_data.simulated.ipynb #f3b7daf3
+# %% ../../nbs/160_data.simulated.ipynb #1e068c2a
 def _is_number(x)->bool: return isinstance(x, Integral) and not isinstance(x, bool) # numpy's, too; True is none
 
 def _nights_of(
@@ -444,5 +444,5 @@ def simulate(
     _sweep(folder)
     tasks = (delayed(_write_night)(folder, name, *o, **how) for o in todo)
     with tqdm(total=len(todo), desc=f'simulating {name}', unit='night', disable=not progress or not todo) as bar:
-        for _ in Parallel(n_jobs=jobs, return_as='generator')(tasks): bar.update()
+        for _ in Parallel(n_jobs=check_jobs(jobs), return_as='generator')(tasks): bar.update()
     return COHORTS[name](folder)

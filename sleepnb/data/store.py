@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'STORED', 'FORMAT', 'Recipe', 'preprocess_night', 'Whole', 'Cohort', 'EpochStore', 'compare_counts',
            'prepare']
 
-# %% ../../nbs/120_data.store.ipynb #61874892
+# %% ../../nbs/120_data.store.ipynb #595f92b3
 import hashlib
 import json
 import os
@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from ..core import RecordingError, SleepnbError, Stage, StoreError, plural, unwritable
+from ..core import RecordingError, SleepnbError, Stage, StoreError, check_jobs, plural, unwritable
 from .preprocess import FS, crop_wake, filter_resample, hold, robust_stats, to_epochs
 from .psg import Night, counts_as_text
 from ..montage import parse_channel
@@ -522,7 +521,7 @@ def _note_failed(
     if failed and (folder/'manifest.json').exists(): _write_json(folder/'failed.json', failed)
     else: (folder/'failed.json').unlink(missing_ok=True)
 
-# %% ../../nbs/120_data.store.ipynb #97679ace
+# %% ../../nbs/120_data.store.ipynb #ecf614f9
 @contextmanager
 def _deaf():
     "Processes that are started meanwhile do not hear Ctrl-C, for they inherit what is ignored."
@@ -537,8 +536,7 @@ def _check_arguments(cohort, recipe, jobs):
     if not isinstance(cohort, Cohort):
         raise StoreError('only a cohort can be prepared', found=type(cohort).__name__, expected='prepare(cohort, folder)',
                          remedy='Make one, e.g. by plain_folder.')
-    if not isinstance(jobs, Integral) or jobs == 0:
-        raise StoreError('jobs is a number of processes', found=repr(jobs), expected='1 or more, or −1 for one per core')
+    check_jobs(jobs)
     stems = {_stem(row) for row in cohort.nights.to_dict('records')}
     if not stems or len(stems) < len(cohort.nights):
         raise StoreError('each night of a cohort must be there once', where=cohort.name,
