@@ -6,7 +6,7 @@
 __all__ = ['check_stages', 'check_prob', 'confusion', 'agreement', 'auroc', 'calibration_error', 'score_nights', 'score_table',
            'score_difference']
 
-# %% ../nbs/500_metrics.ipynb #20269d7d
+# %% ../nbs/500_metrics.ipynb #7b1cb1cc
 import numpy as np
 import pandas as pd
 
@@ -149,7 +149,7 @@ def calibration_error(
     if not len(stages): raise HypnogramError('no epoch was scored')
     return float(abs(_gaps(stages, prob)).sum() / len(stages))
 
-# %% ../nbs/500_metrics.ipynb #4fdf1b78
+# %% ../nbs/500_metrics.ipynb #ecf90c06
 def _often(
     subjects:list, # ids, one per night
     n_boot:int,    # resamples
@@ -162,10 +162,14 @@ def _often(
 
 def _interval(
     draws:np.ndarray, # `(n_boot,)`; nan where a resample has no score
+    n:int,            # subjects
     level:float,      # in (0, 1)
 )->list[float]:       # low, high; nan when there is nothing to vary
+    from scipy.special import ndtr, stdtrit # takes longer to import than all else here
     draws = draws[np.isfinite(draws)]
-    return np.quantile(draws, [(1 - level)/2, (1 + level)/2]).tolist() if len(draws) else [np.nan]*2
+    if n < 2 or not len(draws): return [np.nan]*2
+    tail = ndtr(-np.sqrt(n/(n - 1)) * stdtrit(n - 1, (1 + level)/2))    # normal probability, Student's quantile
+    return np.quantile(draws, [tail, 1 - tail]).tolist()
 
 # %% ../nbs/500_metrics.ipynb #4aa76429
 def _counts(
@@ -185,7 +189,7 @@ def _scores(
     if gaps.shape[1]: scores['ece'] = _ratio(abs(gaps).sum(axis=1), conf.sum((1, 2)), np.nan)
     return pd.DataFrame(scores)
 
-# %% ../nbs/500_metrics.ipynb #2b243443
+# %% ../nbs/500_metrics.ipynb #62b156bf
 def _mean(
     values:np.ndarray, # `(n,)`
 )->float:              # nan if all are
@@ -196,10 +200,11 @@ def _summary(
     over:str,            # what was scored: `pooled` or `nights`
     value:pd.Series,     # by metric
     draws:pd.DataFrame,  # the same of each resample; no row for a metric or column without resamples
+    people:int,
     level:float,
     **columns,           # further columns, by metric
 )->pd.DataFrame:
-    low_high = [_interval(draws[m].to_numpy(), level) if m in draws else [np.nan]*2 for m in value.index]
+    low_high = [_interval(draws[m].to_numpy(), people, level) if m in draws else [np.nan]*2 for m in value.index]
     low,high = np.transpose(low_high)
     index = pd.MultiIndex.from_product([[over], value.index], names=['over', 'metric'])
     return pd.DataFrame(dict(value=value, low=low, high=high) | columns, value.index).set_axis(index)
@@ -223,14 +228,14 @@ def _nights(
     if not scored: raise HypnogramError('no epoch was scored in both hypnograms', found=f'{len(nights)} nights')
     return tuple(map(list, zip(*scored)))
 
-# %% ../nbs/500_metrics.ipynb #66307399
+# %% ../nbs/500_metrics.ipynb #a3a9398c
 def score_nights(
     true:list,          # stage codes of each night, `(epochs,)` each; −1 is left out
     pred:list,          # the same of what is scored
     prob:list|None=None,# probabilities of W, N1, N2, N3, R: `(epochs, 5)` each
     subjects:list|None=None, # who slept, one id per night; all different if not given
-    n_boot:int=2000,    # resamples
-    level:float=.95,    # share of resamples within an interval
+    n_boot:int=5000,    # resamples
+    level:float=.95,    # how often an interval should hold the truth
     seed:int=0,         # of the resamples
 )->pd.DataFrame:        # rows (over, metric), over `pooled` or `nights`; columns value, low, high, sd, n
     """All metrics over all epochs, and their mean over nights, with bootstrap intervals over subjects.
@@ -246,9 +251,9 @@ def score_nights(
         each['auroc'] = [_mean(_auroc(t, p)) for t,_,p in nights]
     known = each.notna()
     means = pd.DataFrame(_ratio(often @ each.fillna(0), often @ known, np.nan), columns=each.columns)
-    epochs = int(counts[:, :25].sum())
-    return pd.concat([_summary('pooled', pooled.iloc[0], resampled, level, sd=np.nan, n=epochs),
-                      _summary('nights', each.mean(), means, level, sd=each.std(), n=known.sum())])
+    epochs,people = int(counts[:, :25].sum()), len({str(s) for s in subjects})
+    return pd.concat([_summary('pooled', pooled.iloc[0], resampled, people, level, sd=np.nan, n=epochs),
+                      _summary('nights', each.mean(), means, people, level, sd=each.std(), n=known.sum())])
 
 # %% ../nbs/500_metrics.ipynb #8f65c9f8
 _PROB = [f'p_{s.label}' for s in Stage]
@@ -279,12 +284,12 @@ def score_table(
     return score_nights(*([n[c].to_numpy() for n in nights.values()] for c in ('stage', 'pred')), prob,
                         [f'{subject} of {cohort}' for cohort,subject,_ in nights], **kwargs)
 
-# %% ../nbs/500_metrics.ipynb #8231a7b7
+# %% ../nbs/500_metrics.ipynb #c5308801
 def score_difference(
     epochs:pd.DataFrame, # as for `score_table`
     rival:pd.DataFrame,  # another's predictions of the same epochs
-    n_boot:int=2000,     # resamples
-    level:float=.95,     # share of resamples within an interval
+    n_boot:int=5000,     # resamples
+    level:float=.95,     # how often an interval should hold the truth
     seed:int=0,          # of the resamples
 )->pd.DataFrame:         # one row per metric; columns value, low, high: score of `epochs` − score of `rival`, pooled
     """How much better predictions are than a rival's, with intervals over subjects that both share.
@@ -296,7 +301,9 @@ def score_difference(
         counts = [o.get(differ[0], 'no such night') for o in stages]
         raise SleepnbError('the two are not of the same epochs', where=' '.join(differ[0]),
                            expected=f'unscored, W, N1, N2, N3, R: {counts[0]}', found=str(counts[1]))
-    often = _often([f'{subject} of {cohort}' for cohort,subject,_ in pairs[0]], n_boot, seed)
+    subjects = [f'{subject} of {cohort}' for cohort,subject,_ in pairs[0]]
+    often = _often(subjects, n_boot, seed)
     counts = [np.stack([_counts(*_compared(p[k].stage, p[k].pred)) for k in pairs[0]]) for p in pairs]
     value = np.subtract(*(_scores(c.sum(axis=0, keepdims=True)).iloc[0] for c in counts))
-    return _summary('pooled', value, _scores(often @ counts[0]) - _scores(often @ counts[1]), level).loc['pooled']
+    apart = _scores(often @ counts[0]) - _scores(often @ counts[1])
+    return _summary('pooled', value, apart, len({*subjects}), level).loc['pooled']

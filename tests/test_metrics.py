@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import sklearn.metrics as sk
 from hypothesis import assume, given, settings, strategies as st
+from scipy import stats
 
 from sleepnb.core import HypnogramError, SleepnbError, rng
 from sleepnb.metrics import agreement, auroc, calibration_error, confusion, score_difference, score_nights, score_table
@@ -158,7 +159,7 @@ def test_resamples_are_those_of_whole_subjects():
     pred = [np.zeros(10, int), np.ones(10, int)]*2
     table = score_nights(true, pred, subjects=['a', 'b', 'a', 'b'])
     for over in ('pooled', 'nights'): assert table.loc[(over, 'accuracy'), ['value', 'low', 'high']].tolist() == [.5, 0, 1]
-    narrow = score_nights(true, pred, subjects=['a', 'b', 'a', 'b'], level=.4)
+    narrow = score_nights(true, pred, subjects=['a', 'b', 'a', 'b'], level=.2)
     assert narrow.loc[('pooled', 'accuracy'), ['low', 'high']].tolist() == [.5, .5]
 
 def test_intervals_are_seeded_and_the_same_people_are_drawn_for_every_model():
@@ -173,17 +174,31 @@ def test_intervals_are_seeded_and_the_same_people_are_drawn_for_every_model():
     assert_same([b.low, b.high], [1 - a.high, 1 - a.low])
 
 @pytest.mark.parametrize('over', ['pooled', 'nights'])
-def test_intervals_hold_the_truth_about_as_often_as_they_say(over):
-    "People differ: accuracy is drawn per subject, around .8. Of 300 studies with 30 subjects, 95 % should have .8 inside."
+@pytest.mark.parametrize('people', [6, 30])
+def test_intervals_hold_the_truth_about_as_often_as_they_say(over, people):
+    "People differ: accuracy is drawn per subject, around .8. Of 300 studies, 95 % should have .8 inside."
     inside = 0
     for study in range(300):
         draw = rng('test coverage', study)
-        skill = np.repeat(draw.beta(8, 2, 30), 2)
+        skill = np.repeat(draw.beta(8, 2, people), 2)
         true = [draw.integers(0, 5, 60) for _ in skill]
         pred = [np.where(draw.random(60) < s, t, (t + 1) % 5) for s,t in zip(skill, true)]
-        row = score_nights(true, pred, subjects=np.repeat(range(30), 2), n_boot=400, seed=study).loc[(over, 'accuracy')]
+        row = score_nights(true, pred, subjects=np.repeat(range(people), 2), n_boot=1000, seed=study).loc[(over, 'accuracy')]
         inside += row.low <= .8 <= row.high
-    assert .90 < inside/300 < .98
+    assert .92 < inside/300 < .98
+
+@pytest.mark.parametrize('n,level', [(6, .95), (18, .95), (30, .8)])
+def test_intervals_of_means_are_student_s(n, level):
+    "Half a mean of normal draws: the width is that of the t interval, but for the draws of the resamples and their skewness."
+    draw = rng('test width', n)
+    widths = []
+    for study in range(40):
+        right = draw.normal(500, 50, n).round().astype(int)               # of a thousand epochs; equal weights
+        pred = [np.repeat([0, 1], [k, 1000 - k]) for k in right]
+        row = score_nights([np.zeros(1000, int)]*n, pred, level=level, seed=study).loc[('pooled', 'accuracy')]
+        low,high = stats.t.interval(level, n - 1, loc=right.mean()/1000, scale=stats.sem(right)/1000)
+        widths.append((row.high - row.low)/(high - low))
+    assert .9 < np.mean(widths) < 1.05
 
 def test_resamples_leave_out_nights_that_lack_a_metric():
     "κ is 1 for two nights and undefined for one of a single stage."
@@ -222,14 +237,15 @@ def test_a_difference_is_between_scores_of_the_same_people():
     wrong = lambda share: np.where(g.random(800) < share, g.integers(0, 5, 800), epochs.stage)
     skill = np.repeat(g.uniform(.2, .8, 8), 100)                   # people differ, models err on the same ones
     a,b = (epochs.assign(pred=wrong(skill + more)) for more in (0, .05))
-    found = score_difference(a, b)
+    found = score_difference(a, b, level=.8)
+    tail = stats.norm.cdf(-np.sqrt(8/7)*stats.t.ppf(.9, 7))
     naive = {'macro_f1': lambda o: sk.f1_score(o.stage, o.pred, average='macro'), 'kappa': lambda o: sk.cohen_kappa_score(o.stage, o.pred)}
     people = [(a[a.subject == s], b[b.subject == s]) for s in 'abcdefgh']
     drawn = [[pd.concat(o) for o in zip(*(people[i] for i in g.integers(0, 8, 8)))] for _ in range(600)]
     for metric,score in naive.items():
         apart = [score(x) - score(y) for x,y in drawn]
         np.testing.assert_allclose(found.loc[metric, 'value'], score(a) - score(b), atol=1e-9)
-        np.testing.assert_allclose(found.loc[metric, ['low', 'high']].astype(float), np.quantile(apart, [.025, .975]), atol=.01)
+        np.testing.assert_allclose(found.loc[metric, ['low', 'high']].astype(float), np.quantile(apart, [tail, 1 - tail]), atol=.01)
     assert_same(score_difference(b, a).value, -found.value)
 
 @pytest.mark.parametrize('call,kind,message', [
