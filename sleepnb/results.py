@@ -135,7 +135,7 @@ CLAIMS = { # key of `RECIPES` → claim
     'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r',
                              _better('weights by exp(−r)', 'weights by −r'))}
 
-# %% ../nbs/625_results.ipynb #be0b7f64
+# %% ../nbs/625_results.ipynb #b17672af
 VERDICTS = ('holds', 'does not hold', 'undecided', 'not computed', 'not built')
 _MAIN = {'MTSSRL-MD': 'MF1', 'SleepSMC': 'Kappa'}                               # what claims are about, as printed
 
@@ -144,8 +144,8 @@ def results_claims(
     scale:str='small',     # a key of `SCALES`
     out:str|Path='runs',   # where runs are
     metric:str|None=None,  # as printed; by default macro-F1 in MTSSRL-MD's tables and κ in SleepSMC's
-)->pd.DataFrame:           # columns claim, dataset, labels, modality, rival, printed: a difference; value, low, high, people,
-                           # verdict: one of `VERDICTS`
+)->pd.DataFrame:           # columns paper, metric, claim, dataset, labels, modality, rival, printed: a difference; value, low,
+                           # high, people, verdict: one of `VERDICTS`
     """The claims of a table, each tested wherever both systems are printed.
 
     Raises `SleepnbError` for a recipe, a scale or a metric that there is not."""
@@ -164,7 +164,7 @@ def results_claims(
             printed = there['mean'][better] - there['mean'][rival]
             found = compare_runs(there.runs[better], there.runs[rival], where['modality'], METRICS[metric], out)
             if not (there.runs[better] and there.runs[rival]): found['verdict'] = 'not built'
-            tested.append(dict(claim=name, **where, rival=rival, printed=printed)
+            tested.append(dict(paper=paper, metric=metric, claim=name, **where, rival=rival, printed=printed)
                           | found | {k: found[k]*unit for k in ('value', 'low', 'high')})
     return pd.DataFrame(tested)
 
@@ -176,19 +176,20 @@ def count_verdicts(
     several = {'holds': 'hold', 'does not hold': 'do not hold'}
     return ', '.join(f'{n[v]} {several.get(v, v) if n[v] > 1 else v}' for v in VERDICTS if v in n)
 
-# %% ../nbs/625_results.ipynb #fc6e86b9
+# %% ../nbs/625_results.ipynb #45461895
 def show_claims(
     claims:pd.DataFrame, # as from `results_claims`
 )->pd.DataFrame:         # what differs, rounded
     "The claims for a page."
-    digits = 1 if claims[['printed', 'value']].abs().max(axis=None) > 1 else 3  # percent, or fractions
+    digits = 1 if UNITS[claims.paper.iloc[0]] == 100 else 3
     best = [] if claims.claim.str.endswith(tuple(claims.rival)).all() else ['rival']
     number = lambda v: '' if np.isnan(v) else f'{v:.{digits}f}'
     table = claims.set_index(['claim', *_differing(claims)])
+    if table.value.isna().all(): return table[best].assign(printed=table.printed.map(number), verdict=table.verdict)
     numbers = table[['printed', 'value', 'low', 'high']].map(number)
     return table[best].join(numbers).assign(people=table.people.replace({0: ''}), verdict=table.verdict)
 
-# %% ../nbs/625_results.ipynb #d67b9daf
+# %% ../nbs/625_results.ipynb #dc5a0e95
 def _panels(n, height, **kwargs): # n axes, four in a row at most
     columns = min(n, 4 if n != 6 else 3)
     rows = -(-n // columns)
@@ -196,6 +197,12 @@ def _panels(n, height, **kwargs): # n axes, four in a row at most
     for ax in axes: ax.spines[['top', 'right']].set_visible(False)
     for ax in axes[n:]: ax.set_visible(False)
     return axes[:n]
+
+_WORDS = dict(kappa='κ', macro_f1='macro-F1', balanced_accuracy='balanced accuracy', auroc='AUROC')
+
+def _shown(metric): # printed name → as axes have it
+    name = METRICS[metric]
+    return f'F1 of {name[3:]}' if name.startswith('f1_') else _WORDS.get(name, name)
 
 def _title(where): return ', '.join(o for o in where if o).replace('+', ' + ')
 
@@ -207,18 +214,19 @@ def plot_claims(
     differ = _differing(claims)
     places = [*dict.fromkeys(claims[differ].itertuples(index=False, name=None))][::-1]
     groups = [*claims.groupby('claim', sort=False)]
+    unit = _shown(claims.metric.iloc[0]) + ' (points)'*(UNITS[claims.paper.iloc[0]] == 100) if groups else ''
     axes = _panels(max(len(groups), 1), .5 + .22*len(places), sharex=True, sharey=True)
     for ax,(title,part) in zip(axes, groups):
         y = np.array([places.index(o) for o in part[differ].itertuples(index=False, name=None)])
         ax.plot(part.printed, y, 'o', mfc='none', color='#888888', ms=5)
         ax.errorbar(part.value, y, xerr=[part.value - part.low, part.high - part.value], fmt='o', color='k', ms=4, lw=1)
         ax.axvline(0, color='grey', lw=.8)
-        ax.set(yticks=range(len(places)), ylim=(-.5, len(places) - .5), xlabel='difference')
+        ax.set(yticks=range(len(places)), ylim=(-.5, len(places) - .5), xlabel=f'difference in {unit}')
         ax.set_yticklabels(map(_title, places))
         ax.set_title(title, fontsize='medium')
     return axes
 
-# %% ../nbs/625_results.ipynb #43728aed
+# %% ../nbs/625_results.ipynb #8e2e1e2f
 def plot_results(
     recipe:str,            # a key of `RECIPES`
     scale:str='small',     # a key of `SCALES`
@@ -226,13 +234,15 @@ def plot_results(
     metric:str|None=None,  # as printed; by default that of the claims
 ):                         # axes, one for each dataset, share of labels and modality
     """Draws the scores of all systems: ours with the 95 % interval over people, or ± the SD over runs where there are
-    several, and hollow what is printed, ± its SD.
+    several, and hollow what is printed, with its ±.
 
     Raises `SleepnbError` for a recipe, a scale or a metric that there is not."""
     metric = metric or _MAIN[check_recipe(recipe, scale)[0]]
     _check_metrics(recipe, scale, [metric])
     table = _named(recipe_table(recipe, scale, out)).query('metric == @metric')
     systems,differ = [*table.system.unique()][::-1], _differing(table)
+    data = {row.dataset: row.runs[0].data for row in table_rows(recipe, scale).itertuples() if row.runs}
+    percent = ' (%)'*(UNITS[check_recipe(recipe, scale)[0]] == 100)
     groups = [*table.groupby(differ, sort=False)] if differ else [((), table)]
     axes = _panels(len(groups), .5 + .2*len(systems), sharex=True, sharey=True)
     for ax,(where,part) in zip(axes, groups):
@@ -240,9 +250,10 @@ def plot_results(
         ax.errorbar(part.printed, y, xerr=part.printed_sd, fmt='o', mfc='none', color='#888888', ms=5, lw=1)
         spread = [(o - p).fillna(part.sd) for o,p in ((part.ours, part.low), (part.high, part.ours))] # of one run, or several
         ax.errorbar(part.ours, y, xerr=spread, fmt='o', color='k', ms=4, lw=1)
-        ax.set(yticks=range(len(systems)), ylim=(-.5, len(systems) - .5), xlabel='κ' if metric.lower() == 'kappa' else metric)
+        ax.set(yticks=range(len(systems)), ylim=(-.5, len(systems) - .5), xlabel=_shown(metric) + percent)
         ax.set_yticklabels(systems)
-        ax.set_title(_title(where), fontsize='medium')
+        dataset = part.dataset.iloc[0]
+        ax.set_title(f'{_title(where) or dataset}\nours: {data.get(dataset, "not built")}', fontsize='medium')
     return axes
 
 # %% ../nbs/625_results.ipynb #580a1613

@@ -39,9 +39,10 @@ from .stager import _one_thread
 from .trainings import TASKS, check_stores, code_checksum
 from .weights import FORMAT, read_tensors
 
-# %% ../nbs/620_runs.ipynb #eb4d6541
+# %% ../nbs/620_runs.ipynb #421af998
 def _git(*args):
-    try: return subprocess.run(['git', *args], cwd=Path(sleepnb.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    asked = dict(cwd=Path(sleepnb.__file__).parent, capture_output=True, text=True, check=True)
+    try: return subprocess.run(['git', *args], **asked).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None # not a clone
 
 def _provenance(task, dls, started, clock):

@@ -74,13 +74,13 @@ def spelled(draw):
     suffix = draw(st.sampled_from(['', ' ', ' (uV)', ' EEG']))
     return f'{site}-{reference}' if reference else site, prefix + name(site) + tail + suffix
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=4_000, deadline=None)
 @given(spelled())
 def test_every_spelling_means_its_electrodes(case):
     name,text = case
     assert parse_channel(text).name == name
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=4_000, deadline=None)
 @given(st.one_of(st.text(max_size=24), st.text('ACEFMOPTZGLRIHNcefmoz0123456789-_ :+/()', max_size=12)))
 def test_any_text_is_a_channel_or_a_montage_error(text):
     try: c = parse_channel(text)
@@ -90,7 +90,7 @@ def test_any_text_is_a_channel_or_a_montage_error(text):
     again = parse_channel(c.name)                       # a canonical name means itself
     assert (again.name, again.modality, again.position) == (c.name, c.modality, c.position)
 
-@settings(max_examples=3_000, deadline=None)
+@settings(max_examples=1_000, deadline=None)
 @given(st.lists(spelled(), min_size=1, max_size=12), st.integers(1, 6))
 def test_two_electrodes_never_become_one_name_in_silence(cases, n):
     "Different electrodes keep different names; the same electrodes under two names are reported as such."
@@ -169,7 +169,7 @@ def voltages(draw):
     pairs = draw(st.lists(st.tuples(*[st.sampled_from(electrodes + [None])]*2).filter(lambda p: p[0] and p[0] != p[1]), min_size=1, max_size=8, unique=True))
     return electrodes, pairs
 
-@settings(max_examples=2_000, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(voltages(), st.integers(0, 2**32 - 1))
 def test_derivations_are_differences_of_potentials(case, seed):
     electrodes,pairs = case

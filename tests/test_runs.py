@@ -270,7 +270,7 @@ def test_a_claim_is_a_difference_over_people(tmp_path):
 
 def test_hours_by_hand():
     run = next(r for r in runs_of('sleepsmc-table2') if r.config['primary'] == 'EOG')
-    assert estimate_hours([run]) == pytest.approx((.64*30*480*10*.006*2 + 1) / 3600)
+    assert estimate_hours([run]) == pytest.approx((.64*30*480*6*.006*2 + 1) / 3600)
     run = runs_of('mtssrl-table6')[0]
     assert estimate_hours([run]) == pytest.approx((520*100*.01 + 1) / 3600)
 

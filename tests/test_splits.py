@@ -15,7 +15,7 @@ from sleepnb.data import splits
 from sleepnb.data.psg import sample_files
 from sleepnb.data.splits import PARTS, Split, check_no_leak, check_unseen, holdout_split, kfold_splits, label_budget
 
-many = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 # ---- generated cohorts
 

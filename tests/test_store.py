@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from joblib.externals.loky import get_reusable_executor
 
-from sleepnb.core import RecordingError, StoreError
+from sleepnb.core import RecordingError, SleepnbError, StoreError
 from sleepnb.data import store as store_module
 from sleepnb.data.preprocess import filter_resample, normalise, to_epochs
 from sleepnb.data.psg import Night, read_night, sample_files
@@ -390,7 +390,8 @@ def test_arguments_that_cannot_be(tmp_path):
     (tmp_path/'file').write_text('')
     def refused(what, call):
         with pytest.raises(StoreError, match=what): call()
-    for jobs in (0, 1.5, None, '2'): refused('number of processes', lambda: prepare(cohort(['a']), tmp_path/'t', jobs=jobs))
+    for jobs in (0, 1.5, None, '2'):
+        with pytest.raises(SleepnbError, match='number of processes'): prepare(cohort(['a']), tmp_path/'t', jobs=jobs)
     for swapped in (tmp_path/'s', store, str(tmp_path/'s')): refused('only a cohort', lambda: prepare(swapped, cohort(['a'])))
     for folder in (cohort(['a']), store, None, 3): refused('named by its folder', lambda: prepare(cohort(['a']), folder))
     for other in (store, None, 3): refused('named by its folder', lambda: EpochStore(other))

@@ -5,6 +5,7 @@
     python tools/mtssrl.py --work DIR probe                 linear probes of frozen features
     python tools/mtssrl.py --work DIR real                  the same on the real night in the folder that SLEEPNB_DATA names
     python tools/mtssrl.py --work DIR triplets              whether temporal shuffling can be learned, from real band powers
+    python tools/mtssrl.py --work DIR alignment --runs RUNS  what virtual channels take from sensors, by `sleepnb run mtssrl-table1`
     python tools/mtssrl.py --work DIR tables                 writes the files
 
 Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
@@ -34,6 +35,7 @@ from sleepnb.learner import finetune_learner, mtssrl_learner, predict_stages, sa
 from sleepnb.metrics import score_difference, score_table
 from sleepnb.models.network import Backbone, move_to
 from sleepnb.montage import parse_channel
+from sleepnb.recipes import runs_of
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
 
@@ -232,6 +234,21 @@ def triplets():
             print(found[-1], flush=True)
     pd.DataFrame(found).round(4).to_csv(OUT/'mtssrl_triplets.csv', index=False)
 
+def alignment(work, runs):
+    "What the virtual channels of each cohort take from its sensors, before the pretraining on all three and after it."
+    run = next(r for r in runs_of('mtssrl-table1') if r.task == 'pretrain')
+    assert run.data == '+'.join(NAMES.values())
+    stores = stores_of(work, 'SIA')
+    dls = pretraining_loaders(stores, holdout_split(stores.nights), draw_triplets, bs=BATCH)
+    when = dict(before=mtssrl_learner(dls, **DEFAULTS).model, after=load_weights(runs/run.id/'weights.safetensors')[0])
+    rows = []
+    for name,(channels,_) in zip(NAMES.values(), COHORTS.values()):
+        cams = {k: (o.backbone.alignment.cam(name), o.backbone.alignment.positions(name)) for k,o in when.items()}
+        with torch.no_grad(): shares = {k: cam.weights(places).numpy().ravel() for k,(cam,places) in cams.items()}
+        at = pd.MultiIndex.from_product([[name], range(16), channels], names=['cohort', 'virtual', 'channel'])
+        rows.append(pd.DataFrame(shares, at).reset_index())
+    pd.concat(rows).assign(run=run.id).round(4).to_csv(OUT/'mtssrl_alignment.csv', index=False)
+
 def merged(rows, file, keys):
     "Adds rows to a file of an earlier computation; those of the same keys are replaced."
     made = pd.concat(rows).round(4)
@@ -263,10 +280,11 @@ def tables(work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--work', type=Path, required=True, help='folder for all that is computed')
-    parser.add_argument('part', choices=['pretrain', 'finetune', 'probe', 'real', 'triplets', 'tables'])
+    parser.add_argument('part', choices=['pretrain', 'finetune', 'probe', 'real', 'triplets', 'alignment', 'tables'])
     parser.add_argument('arms', nargs='*', help='; '.join([*SCRATCH, *ARMS]))
     parser.add_argument('--targets', default='SIA')
     parser.add_argument('--labels', type=float, default=.05, help='share of the training epochs')
+    parser.add_argument('--runs', type=Path, default='runs', help='where sleepnb run keeps its runs')
     args = parser.parse_args()
     keep_memory()
     if args.part == 'pretrain':
@@ -279,6 +297,7 @@ def main():
     if args.part == 'probe': probe(args.work, args.arms)
     if args.part == 'real': probe_real(args.work)
     if args.part == 'triplets': triplets()
+    if args.part == 'alignment': alignment(args.work, args.runs)
     if args.part == 'tables': tables(args.work)
 
 if __name__ == '__main__': main()
