@@ -18,11 +18,11 @@ import pandas as pd
 
 from .core import SleepnbError
 
-# %% ../nbs/615_recipes.ipynb #b1020b42
+# %% ../nbs/615_recipes.ipynb #df0f48dc
 @dataclass(frozen=True)
 class Run:
     "All that decides a result."
-    task:str                   # a key of `sleepnb.runs.TASKS`
+    task:str                   # a key of `sleepnb.trainings.TASKS`
     config:dict                # what JSON can hold
     parent:'Run|None'=None     # whose weights it begins with
     id:str=field(init=False)   # 12 hexadecimal digits, of all these
@@ -63,7 +63,7 @@ class Run:
         said = f'{self.task} on {self.data}', self.what, self.split, f'seed {self.config.get("seed")}'
         return f'{", ".join(filter(None, said))} ({self.id})'
 
-# %% ../nbs/615_recipes.ipynb #1d5fb834
+# %% ../nbs/615_recipes.ipynb #8b3dc7c4
 @dataclass(frozen=True)
 class Scale:
     "How much is trained, and on what."
@@ -86,11 +86,11 @@ SCALES = {s.name: s for s in (
           tune=dict(rates=[1e-3, 3e-3], drop=0., batch=100, pass_steps=100, passes=8, unfreeze=[1, 2, 3], patience=4),
           sleepsmc=dict(batch=128, pass_steps=1, passes=6)),
     Scale('paper', splits=(0, 1, 2), folds=(0, 1, 2, 3, 4), seeds=(0, 1, 2),
-          pretrain=dict(lr=1e-4, drop=.5, passes=400, batch=100),
+          pretrain=dict(lr=1e-4, drop=.5, gain=1., passes=400, batch=100),
           tune=dict(rates=[1e-4], drop=.5, batch=100, pass_steps=1, passes=100, unfreeze=[10, 20, 30], patience=20),
           sleepsmc=dict(batch=128, pass_steps=1, passes=100)))}
 
-# %% ../nbs/615_recipes.ipynb #2102e74c
+# %% ../nbs/615_recipes.ipynb #7af6e992
 _NINE = ('F3-M2', 'F4-M1', 'C3-M2', 'C4-M1', 'O1-M2', 'O2-M1', 'E1-M2', 'E2-M1', 'Chin')
 _FOUR = ('Fpz-Cz', 'Pz-Oz', 'HEOG', 'Chin')
 _CAP = ('F3', 'F4', 'C3', 'C4', 'O1', 'O2', 'Fpz', 'Fz', 'Cz', 'Pz', 'Oz')
@@ -98,10 +98,10 @@ DATASETS = { # printed name → store at `paper` scale; name, channels and peopl
     'MTSSRL-MD': {'SleepEDF-20': ('sleep-edf-20', 'S', _FOUR[:2], 'adult'),
                   'ISRUC-S1': ('isruc-s1', 'I', _NINE[:6], 'disordered'),
                   'ANPHY-Sleep': ('anphy', 'A', _CAP, 'adult')},
-    'SleepSMC': {'ISRUC-S3': ('isruc-s3', 'nine', _NINE, 'disordered'),
-                 'MASS-SS3': ('mass-ss3', 'nine-adult', _NINE, 'adult'),
-                 'Sleep-EDF-78': ('sleep-edf-78', 'four', _FOUR, 'older'),
-                 'ISRUC-S1': ('isruc-s1', 'nine-older', _NINE, 'older')}}
+    'SleepSMC': {'ISRUC-S3': ('isruc-s3', 'isruc3', _NINE, 'adult'),
+                 'MASS-SS3': ('mass-ss3', 'mass3', _NINE, 'adult'),
+                 'Sleep-EDF-78': ('sleep-edf-78', 'edf78', _FOUR, 'older'),
+                 'ISRUC-S1': ('isruc-s1', 'isruc1', _NINE, 'disordered')}}
 _RECIPES = {'MTSSRL-MD': 'mtssrl', 'SleepSMC': 'sleepsmc'} # of `prepare`
 
 def _cohort(paper, dataset, scale): # what JSON can hold

@@ -15,7 +15,7 @@ from sleepnb.recipes import RECIPES, SCALES, Run, runs_of, table_rows
 from sleepnb.results import describe_runs, results_table
 from sleepnb.runs import (_begin, _workers, carry_out, compare_runs, estimate_hours, is_done, read_result, read_stages, recipe_status,
                           recipe_table, run_recipe, runs_to_do)
-from sleepnb.trainings import _SHOWS, _UNUSED, TASKS, code_checksum
+from sleepnb.trainings import _SHOWS, _UNUSED, TASKS, _read_code, code_checksum
 from sleepnb.weights import load_weights
 
 @pytest.fixture(scope='module')
@@ -44,7 +44,7 @@ def test_runs_of_a_recipe_are_told_apart_in_words(scale):
         said = [str(r).removesuffix(f' ({r.id})') for r in runs_of(recipe, scale)]
         assert len({*said}) == len(said)
     eog, = {r for r in runs_of('sleepsmc-table2') if r.config['primary'] == 'EOG'}
-    assert str(eog) == f'sleepsmc on nine-simulated, EOG, C + U, fold 0, seed 0 ({eog.id})'
+    assert str(eog) == f'sleepsmc on isruc3-simulated, EOG, C + U, fold 0, seed 0 ({eog.id})'
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_every_printed_row_has_a_place(recipe):
@@ -167,7 +167,7 @@ def make_stale(run, out): # as if earlier code had made it
 
 def test_other_code_makes_results_stale(out, tmp_path):
     package = shutil.copytree(Path(sleepnb.__file__).parent, tmp_path/'sleepnb', ignore=shutil.ignore_patterns('__pycache__'))
-    checksum = lambda task='finetune': code_checksum.__wrapped__(task, package)
+    checksum = lambda task='finetune': code_checksum(task, _read_code(package))
     assert checksum() == code_checksum('finetune')
     file = package/'learner.py'
     text = file.read_text()
@@ -176,6 +176,9 @@ def test_other_code_makes_results_stale(out, tmp_path):
     error = next(line for line in text.splitlines() if line.strip().startswith('raise '))
     file.write_text(text.replace(error, error.replace("'", "'other words: ", 1)))
     assert file.read_text() != text and checksum() == code_checksum('finetune')
+    file.write_text(text.replace('raise WeightsError(', 'raise KeyError(', 1))
+    assert checksum() != code_checksum('finetune')
+    file.write_text(text)
     (package/'report.py').write_text('shown = 1')                     # does not decide
     assert checksum() == code_checksum('finetune')
     file.write_text(text.replace('lr:float=1e-3', 'lr:float=2e-3'))
@@ -213,7 +216,7 @@ def test_a_task_does_not_use_what_its_checksum_leaves_out(task, tmp_path):
         path.write_text(ast.unparse(Forbids().visit(tree)))
     code = ('import sys, sleepnb; from pathlib import Path; from sleepnb.recipes import *; from sleepnb.runs import *\n'
             'assert Path(sleepnb.__file__).parent.parent == Path.cwd()\n'
-            'runs,smc = runs_of("mtssrl-table6", "smoke"), {r.what: r for r in runs_of("sleepsmc-table3", "smoke") if r.data == "nine-simulated"}\n'
+            'runs,smc = runs_of("mtssrl-table6", "smoke"), {r.what: r for r in runs_of("sleepsmc-table3", "smoke") if r.data == "isruc3-simulated"}\n'
             'asked = dict(pretrain=runs[:1], finetune=runs, scratch=[Run("scratch", runs[1].config)],\n'
             '             sleepsmc=[smc[o] for o in ("any, FeatureNet", "any, C", "all, C + U", "EOG, C + U")])\n'
             'from sleepnb.trainings import _store\n'
@@ -315,6 +318,23 @@ def test_a_killed_run_goes_on_to_the_same_result(out, tmp_path):
         one,two = (read_result(run, o) for o in (out, tmp_path))
         for k in ('scores', 'nights', 'training'): assert one[k] == two[k]
     assert not [*tmp_path.rglob('*checkpoint*')]
+
+def test_a_killed_training_for_any_modality_goes_on_to_the_same_result(tmp_path):
+    "Killed after the second of three passes, by whose validation the weights of each modality are chosen."
+    run, = {r for r in runs_of('sleepsmc-table2', 'smoke') if r.config['primary'] == 'any'}
+    run = Run(run.task, run.config | dict(passes=3))
+    code = ('import os, signal, sys; from sleepnb.callbacks import Checkpoint; from sleepnb.recipes import *; from sleepnb.runs import carry_out\n'
+            'saved = Checkpoint.after_epoch\n'
+            'def after_epoch(self):\n'
+            '    saved(self)\n'
+            '    if self.epoch == 1: os.kill(os.getpid(), signal.SIGKILL)\n'
+            'Checkpoint.after_epoch = after_epoch\n'
+            f'carry_out([Run("sleepsmc", {run.config!r})], sys.argv[1], progress=False)')
+    assert subprocess.run([sys.executable, '-c', code, str(tmp_path/'killed')]).returncode == -signal.SIGKILL
+    assert (tmp_path/'killed'/run.id/'checkpoint.safetensors').exists()
+    for folder in ('killed', 'whole'): assert carry_out([run], tmp_path/folder, progress=False) == {}
+    one,two = (read_result(run, tmp_path/folder) for folder in ('killed', 'whole'))
+    for k in ('scores', 'nights', 'training'): assert one[k] == two[k]
 
 @pytest.mark.parametrize('other', ['code', 'weights of the pretraining'])
 def test_a_checkpoint_of_other_code_or_weights_is_not_continued(other, tmp_path):
