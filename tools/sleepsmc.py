@@ -31,7 +31,7 @@ from sleepnb.data.store import Cohort, EpochStore, prepare
 from sleepnb.learner import extract_features, load_learner, predict_stages, save_learner, score_subsets, sleepsmc_learner
 from sleepnb.montage import parse_channel
 from sleepnb.recipes import read_settings, table_rows
-from sleepnb.trainings import KeepEach
+from sleepnb.trainings import KeepEach, _split, _stores
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
 
@@ -125,10 +125,12 @@ def real(work):
             print(rows[-1], flush=True)
     pd.DataFrame(rows).round(4).to_csv(OUT/'sleepsmc_real.csv', index=False)
 
-def features(work, runs):
+def features(runs):
     "Features of the test people in the plane, by FeatureNet and by the network with contrast and uncertainty."
-    dls,rows = loaders(stores_of(work, 'nine'), 'nine', 0, 0), []
     table = table_rows('sleepsmc-table3').query('dataset == "ISRUC-S3" and modality in @MODALITIES')
+    config = table.runs.iloc[0][0].config
+    stores,rows = _stores(config, runs/'stores'), []
+    dls = labelled_loaders(stores, _split(stores.nights, config['split']), bs=BATCH, modalities=MODALITIES)
     for row in table.itertuples():
         said = read_settings(row.setting)
         system = {('no', 'no'): 'FeatureNet', ('yes', 'yes'): '+ C + U'}.get((said['U'], said['C']))
@@ -176,7 +178,7 @@ def main():
                 for arm in args.arms or ARMS: train(args.work, arm, fold, seed)
     if args.part == 'subsets': subsets(args.work)
     if args.part == 'real': real(args.work)
-    if args.part == 'features': features(args.work, args.runs)
+    if args.part == 'features': features(args.runs)
     if args.part == 'tables': tables(args.work)
 
 if __name__ == '__main__': main()
