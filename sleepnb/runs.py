@@ -6,8 +6,7 @@
 __all__ = ['read_result', 'is_done', 'runs_to_do', 'carry_out', 'estimate_hours', 'recipe_status', 'recipe_table', 'read_stages',
            'compare_runs', 'run_recipe']
 
-# %% ../nbs/620_runs.ipynb #90e646c7
-import hashlib
+# %% ../nbs/620_runs.ipynb #5203e6bf
 import json
 import os
 import platform
@@ -40,7 +39,7 @@ from .stager import _one_thread
 from .trainings import _NUMBERS, NIGHTS, TASKS, check_stores, code_checksum
 from .weights import FORMAT, read_tensors
 
-# %% ../nbs/620_runs.ipynb #f19b0e37
+# %% ../nbs/620_runs.ipynb #f4a3dc9a
 def _git(*args):
     asked = dict(cwd=Path(sleepnb.__file__).parent, capture_output=True, text=True, check=True)
     try: return subprocess.run(['git', *args], **asked).stdout.strip()
@@ -66,7 +65,9 @@ def _no_nan(table): return table.round(5).astype(object).where(table.notna(), No
 
 def _weights_of(folder): # of a run: their digest; `None` if there are none
     path = folder/'weights.safetensors'
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
+    if not path.exists(): return None
+    tensors,_ = read_tensors(path, 'weights', FORMAT)
+    return digest(*(o for name in sorted(tensors) for o in (name, tensors[name].numpy())))
 
 def _result(run, folder, dls, made, table, started, clock)->dict:
     scores,nights = {}, []

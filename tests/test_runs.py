@@ -7,6 +7,7 @@ from threading import Thread
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import f1_score
 
 import sleepnb
@@ -16,7 +17,7 @@ from sleepnb.results import describe_runs, results_table
 from sleepnb.runs import (_begin, _workers, carry_out, compare_runs, estimate_hours, is_done, read_result, read_stages, recipe_status,
                           recipe_table, run_recipe, runs_to_do)
 from sleepnb.trainings import _SHOWS, _UNUSED, TASKS, _read_code, code_checksum
-from sleepnb.weights import load_weights
+from sleepnb.weights import FORMAT, load_weights, write_tensors
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
@@ -238,7 +239,10 @@ def test_what_earlier_code_has_made_is_redone_when_asked(out, tmp_path):
     assert carry_out([after], copy, progress=False) == {} and (copy/after.id/'result.json').read_bytes() == shown
     assert runs_to_do([after], copy) == [] and runs_to_do([after], copy, redo_stale=True) == [before, after]
     assert carry_out([before], copy, redo_stale=True, progress=False) == {}
-    assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['done', 'stale']            # from other weights
+    assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['done', 'done']             # it began from the same weights
+    found = json.loads((copy/after.id/'result.json').read_text())
+    (copy/after.id/'result.json').write_text(json.dumps(found | dict(before='others')))
+    assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['done', 'stale']
     assert carry_out([after], copy, redo_stale=True, progress=False) == {}
     assert [*recipe_status('mtssrl-table6', 'smoke', copy).state] == ['done', 'done']
     for run in (before, after): assert read_result(run, copy)['training'] == read_result(run, out)['training']
@@ -341,7 +345,8 @@ def test_a_checkpoint_of_other_code_or_weights_is_not_continued(other, tmp_path)
     parent,run = runs_of('mtssrl-table6', 'smoke')
     folder,weights = tmp_path/run.id, tmp_path/parent.id/'weights.safetensors'
     for made in (folder, weights.parent): made.mkdir()
-    weights.write_bytes(b'1')
+    write = lambda value: write_tensors(weights, {'a': torch.tensor([value])}, dict(kind='weights', format=FORMAT))
+    write(1.)
     left = [folder/'checkpoint.safetensors', folder/'lr 0.1.checkpoint.safetensors']
     def begin(task):
         _begin(Run(task, run.config, run.parent) if task != run.task else run, folder, tmp_path)
@@ -350,7 +355,7 @@ def test_a_checkpoint_of_other_code_or_weights_is_not_continued(other, tmp_path)
     assert begin(run.task) == [False, False]                                  # nothing says whose these were
     for p in left: p.touch()
     assert begin(run.task) == [True, True]                                    # it goes on
-    if other != 'code': weights.write_bytes(b'2')
+    if other != 'code': write(2.)
     assert begin('sleepsmc' if other == 'code' else run.task) == [False, False]   # its checksum is another
 
 def processes_below(pid):
@@ -383,6 +388,22 @@ def test_workers_end_with_their_parent(how, backend, tmp_path):
     told = (tmp_path/'told').read_text()
     assert not left, told
     if how == signal.SIGTERM: assert parent.returncode == 130 and 'The same command, given again, goes on.' in told, told
+
+def test_a_process_that_is_lost_is_told(tmp_path):
+    "One of two processes is killed, as for want of memory; what to do is said, and nobody is left behind."
+    command = ['sleepnb', 'run', 'sleepsmc-table2', '--out', str(tmp_path), '--jobs', '2', '--yes']
+    with (tmp_path/'told').open('w') as told: parent = subprocess.Popen(command, stderr=told, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not [*tmp_path.glob('*/.lock')] and parent.poll() is None and time.monotonic() < deadline: time.sleep(.1)
+    below = processes_below(parent.pid)
+    called = {p: subprocess.run(['ps', '-o', 'command=', '-p', str(p)], capture_output=True, text=True).stdout for p in below}
+    os.kill(next(p for p,said in called.items() if 'popen_loky' in said), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while (parent.poll() is None or alive(below)) and time.monotonic() < deadline: time.sleep(.2)
+    for p in (left := alive(below | {parent.pid})): os.kill(p, signal.SIGKILL)
+    told = (tmp_path/'told').read_text()
+    assert not left and parent.returncode not in (0, 130) and 'Traceback' not in told, told
+    assert 'a process was lost' in told and 'use fewer jobs' in told, told
 
 def test_a_cluster_that_loses_a_worker(tmp_path):
     "Two Dask workers; the one that holds a run is killed. Every run finishes, and those that were finished are not touched."
