@@ -39,7 +39,7 @@ from .stager import _one_thread
 from .trainings import _NUMBERS, NIGHTS, TASKS, check_stores, code_checksum
 from .weights import FORMAT, read_tensors
 
-# %% ../nbs/620_runs.ipynb #f4a3dc9a
+# %% ../nbs/620_runs.ipynb #3ec34280
 def _git(*args):
     asked = dict(cwd=Path(sleepnb.__file__).parent, capture_output=True, text=True, check=True)
     try: return subprocess.run(['git', *args], **asked).stdout.strip()
@@ -47,15 +47,16 @@ def _git(*args):
 
 @cache
 def _commit(): # asked for when a process begins to train; whether files have changed since
-    if _git('ls-files', '--error-unmatch', '__init__.py') is None: return dict(commit=None, changed=False) # somebody else's clone
+    if _git('ls-files', '--error-unmatch', '__init__.py') is None: return dict(commit=None, changed=False) # of another project
     return dict(commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain', '--', '*.py', *_NUMBERS)))
 
 def _provenance(task, dls, started, clock):
     versions = {o: version(o) for o in ('sleepnb', 'torch', 'fastai', 'numpy', 'scipy')}
     data = {s.cohort: digest(*map(np.ascontiguousarray, (s.stages, s.median, s.scale))) for s in dls.train.stores.stores}
-    return dict(code=code_checksum(task), **_commit(), python=platform.python_version(), versions=versions, data=data, split=dls.split.id, device=str(dls.device), machine=platform.machine(),
-                threads=torch.get_num_threads(), started=started.isoformat(timespec='seconds'),
-                seconds=round(time.perf_counter() - clock[0]), cpu_seconds=round(time.process_time() - clock[1]))
+    return dict(code=code_checksum(task), **_commit(), python=platform.python_version(), versions=versions, data=data,
+                split=dls.split.id, device=str(dls.device), machine=platform.machine(), threads=torch.get_num_threads(),
+                started=started.isoformat(timespec='seconds'), seconds=round(time.perf_counter() - clock[0]),
+                cpu_seconds=round(time.process_time() - clock[1]))
 
 def _digits(codes): return ''.join(map(str, codes))
 
@@ -63,13 +64,13 @@ def _write_json(path, content): write_whole(path, json.dumps(content, allow_nan=
 
 def _no_nan(table): return table.round(5).astype(object).where(table.notna(), None)
 
-def _weights_of(folder): # of a run: their digest; `None` if there are none
+def _weights_of(folder): # of a run: the digest of its tensors; `None` if it has no such file
     path = folder/'weights.safetensors'
     if not path.exists(): return None
     tensors,_ = read_tensors(path, 'weights', FORMAT)
     return digest(*(o for name in sorted(tensors) for o in (name, tensors[name].numpy())))
 
-def _result(run, folder, dls, made, table, started, clock)->dict:
+def _result(run, folder, before, dls, made, table, started, clock)->dict:
     scores,nights = {}, []
     for using,epochs in made.items():
         found = _no_nan(score_table(epochs).loc['pooled'])
@@ -78,11 +79,10 @@ def _result(run, folder, dls, made, table, started, clock)->dict:
             nights.append(dict(using=using, cohort=cohort, subject=subject, night=str(night), stage=_digits(rows.stage),
                                pred=_digits(rows.pred)))
     return dict(id=run.id, task=run.task, config=run.config, parent=run.parent and run.parent.id, scores=scores, nights=nights,
-                training=_no_nan(table).to_dict('list'), weights=_weights_of(folder),
-                before=run.parent and _weights_of(folder.parent/run.parent.id),
+                training=_no_nan(table).to_dict('list'), weights=_weights_of(folder), before=before,
                 made=_provenance(run.task, dls, started, clock))
 
-# %% ../nbs/620_runs.ipynb #ebd9761a
+# %% ../nbs/620_runs.ipynb #8f0fe730
 def _read_json(path, keys): # `None` if there is no such file
     try: found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError): return None
@@ -108,7 +108,7 @@ def _why_failed(run, out): # `None` if it did not
 def _is_stale(run, out): # of a run that is done
     found,before = read_result(run, out), run.parent and read_result(run.parent, out)
     if found['made']['code'] != code_checksum(run.task): return True
-    return bool(before) and (_is_stale(run.parent, out) or before['weights'] != found['before'])
+    return bool(before) and (_is_stale(run.parent, out) or before.get('weights') != found.get('before'))
 
 # %% ../nbs/620_runs.ipynb #e894930d
 def _is_wanting(run, out, redo_stale, weights): # its result, or, with `weights`, what a run goes on from?
@@ -142,19 +142,20 @@ def runs_to_do(
         if not _is_wanting(p, out, redo_stale, True): _check_weights(p, out)     # others have failed
     return [r for r in asked if r in todo]
 
-# %% ../nbs/620_runs.ipynb #0808a6d4
+# %% ../nbs/620_runs.ipynb #5eb246aa
 _ALONE = Lock() # a worker of Dask may have several threads
 
 def _note_failed(run, out, why, traceback=''):
     (out/run.id).mkdir(parents=True, exist_ok=True)
     _write_json(out/run.id/'failed.json', dict(run=run.id, config=run.config, why=why, traceback=traceback))
 
-def _begin(run, folder, out): # checkpoints of other code, or from other weights, are of another training
-    begun = f'{code_checksum(run.task)} {run.parent and _weights_of(out/run.parent.id)}'
-    noted = folder/'begun'
-    if noted.exists() and noted.read_text() == begun: return
+def _begin(run, folder, out): # checkpoints of other code, or from other weights, are of another training; gives their digest
+    before = run.parent and _weights_of(out/run.parent.id)
+    begun,noted = f'{code_checksum(run.task)} {before}', folder/'begun'
+    if noted.exists() and noted.read_text() == begun: return before
     for left in folder.glob('*checkpoint.safetensors'): left.unlink()
     noted.write_text(begun)
+    return before
 
 def _carry_out(
     run:Run,
@@ -173,12 +174,12 @@ def _carry_out(
         try:
             if run.parent and _is_wanting(run.parent, out, redo_stale, weights=True):
                 raise SleepnbError('the pretraining of this run has not succeeded', where=run.parent.id)
-            _begin(run, folder, out)
+            before = _begin(run, folder, out)
             _commit()
             dls,made,table = TASKS[run.task](run, folder, out/'stores', str(run) if progress else '')
             if not (is_done(run, out) and read_result(run, out).get('weights') == _weights_of(folder)
                     and not _is_stale(run, out)):                                        # or else only weights were gone
-                _write_json(folder/'result.json', _result(run, folder, dls, made, table, started, clock))
+                _write_json(folder/'result.json', _result(run, folder, before, dls, made, table, started, clock))
         except Exception as error:
             why = f'{type(error).__name__}: {error}'
             _note_failed(run, out, why, traceback.format_exc())
@@ -186,7 +187,7 @@ def _carry_out(
         for left in (*folder.glob('*checkpoint.safetensors'), folder/'begun'): left.unlink(missing_ok=True)
         return ''
 
-# %% ../nbs/620_runs.ipynb #523deec7
+# %% ../nbs/620_runs.ipynb #836611ce
 @contextmanager
 def _workers(jobs, backend, scheduler): # `each(f, runs)`: what `f` gives for each run, in the order in which they end
     if backend == 'loky':
@@ -194,8 +195,8 @@ def _workers(jobs, backend, scheduler): # `each(f, runs)`: what `f` gives for ea
             with parallel_config('loky', n_jobs=jobs, inner_max_num_threads=1):
                 yield lambda f, runs: Parallel(return_as='generator_unordered', batch_size=1)(delayed(f)(r) for r in runs)
         except BrokenProcessPool as error:
-            raise SleepnbError('a process was lost, and the others were stopped', found=f'{jobs} jobs',
-                               remedy='If memory ran out, use fewer jobs. What is done is kept, and the same command goes on.') from error
+            raise SleepnbError('a process was lost, and the others were stopped', found=f'jobs={jobs}', remedy='If memory ran '
+                               'out, use fewer jobs. What is done is kept, and the same command goes on.') from error
         return
     try: from distributed import Client, as_completed
     except ImportError as error: raise SleepnbError('Dask is not installed', remedy="pip install 'sleepnb[cluster]'") from error

@@ -274,6 +274,9 @@ def test_a_claim_is_a_difference_over_people(tmp_path):
     assert found['verdict'] == 'holds' and found['people'] == 4
     np.testing.assert_allclose([found[k] for k in ('value', 'low', 'high')], 1 - f1)
     assert compare_runs(runs[1:], runs[:1], out=tmp_path)['verdict'] == 'does not hold'
+    path = tmp_path/runs[1].id/'result.json'
+    path.write_text(path.read_text().replace(f'"stage": "{stage}"', f'"stage": "{wrong}"', 1))    # one night is another
+    assert compare_runs(runs[:1], runs[1:], out=tmp_path)['verdict'] == 'not computed'
 
 def test_hours_by_hand():
     run = next(r for r in runs_of('sleepsmc-table2') if r.config['primary'] == 'EOG')
@@ -396,11 +399,13 @@ def test_a_process_that_is_lost_is_told(tmp_path):
     deadline = time.monotonic() + 120
     while not [*tmp_path.glob('*/.lock')] and parent.poll() is None and time.monotonic() < deadline: time.sleep(.1)
     below = processes_below(parent.pid)
-    called = {p: subprocess.run(['ps', '-o', 'command=', '-p', str(p)], capture_output=True, text=True).stdout for p in below}
-    os.kill(next(p for p,said in called.items() if 'popen_loky' in said), signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while (parent.poll() is None or alive(below)) and time.monotonic() < deadline: time.sleep(.2)
-    for p in (left := alive(below | {parent.pid})): os.kill(p, signal.SIGKILL)
+    try:
+        called = {p: subprocess.run(['ps', '-o', 'command=', '-p', str(p)], capture_output=True, text=True).stdout for p in below}
+        os.kill(next(p for p,said in called.items() if 'popen_loky' in said), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while (parent.poll() is None or alive(below)) and time.monotonic() < deadline: time.sleep(.2)
+    finally:
+        for p in (left := alive(below | {parent.pid})): os.kill(p, signal.SIGKILL)
     told = (tmp_path/'told').read_text()
     assert not left and parent.returncode not in (0, 130) and 'Traceback' not in told, told
     assert 'a process was lost' in told and 'use fewer jobs' in told, told

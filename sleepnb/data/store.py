@@ -521,7 +521,7 @@ def _note_failed(
     if failed and (folder/'manifest.json').exists(): _write_json(folder/'failed.json', failed)
     else: (folder/'failed.json').unlink(missing_ok=True)
 
-# %% ../../nbs/120_data.store.ipynb #ecf614f9
+# %% ../../nbs/120_data.store.ipynb #58e58640
 @contextmanager
 def _deaf():
     "Processes that are started meanwhile do not hear Ctrl-C, for they inherit what is ignored."
@@ -551,8 +551,8 @@ def prepare(
 )->EpochStore:                   # the nights of this cohort
     """Prepares all nights of a cohort that the store does not hold yet, or whose files have changed.
 
-    Raises `StoreError` when the store was prepared differently, or when no night could be prepared. Nights that failed are in
-    `failed` of the store that is returned."""
+    Raises `StoreError` when the store was prepared differently, or when no night could be prepared, and `SleepnbError` for
+    what is no number of jobs. Nights that failed are in `failed` of the store that is returned."""
     recipe = RECIPES.get(recipe, recipe) if isinstance(recipe, str) else recipe
     _check_arguments(cohort, recipe, jobs)
     folder = _folder(store)
