@@ -142,7 +142,7 @@ def runs_to_do(
         if not _is_wanting(p, out, redo_stale, True): _check_weights(p, out)     # others have failed
     return [r for r in asked if r in todo]
 
-# %% ../nbs/620_runs.ipynb #5eb246aa
+# %% ../nbs/620_runs.ipynb #00c2c2b6
 _ALONE = Lock() # a worker of Dask may have several threads
 
 def _note_failed(run, out, why, traceback=''):
@@ -177,8 +177,8 @@ def _carry_out(
             before = _begin(run, folder, out)
             _commit()
             dls,made,table = TASKS[run.task](run, folder, out/'stores', str(run) if progress else '')
-            if not (is_done(run, out) and read_result(run, out).get('weights') == _weights_of(folder)
-                    and not _is_stale(run, out)):                                        # or else only weights were gone
+            found = read_result(run, out)
+            if not found or found.get('weights') != _weights_of(folder) or _is_stale(run, out): # or else only weights were gone
                 _write_json(folder/'result.json', _result(run, folder, before, dls, made, table, started, clock))
         except Exception as error:
             why = f'{type(error).__name__}: {error}'
