@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPOCH_SEC', 'UNSCORED', 'Stage', 'Modality', 'SleepnbError', 'RecordingError', 'MontageError', 'HypnogramError',
-           'StoreError', 'SplitError', 'WeightsError', 'plural', 'check_jobs', 'seed_of', 'rng', 'write_whole',
-           'unwritable']
+           'StoreError', 'SplitError', 'WeightsError', 'plural', 'is_whole', 'check_jobs', 'seed_of', 'rng',
+           'write_whole', 'unwritable']
 
 # %% ../nbs/000_core.ipynb #ccf5b589
 import json
@@ -79,12 +79,16 @@ def plural(
     "A number of things, in words that fit it."
     return f'{n} {what}' + ('' if n == 1 else 's')
 
-# %% ../nbs/000_core.ipynb #e2562152
+# %% ../nbs/000_core.ipynb #082da28f
+def is_whole(x)->bool:
+    "Is this a whole number, numpy's too? `True` is none."
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
 def check_jobs(
     jobs:int, # processes; −1 is one per core
 )->int:       # the same
     "Raises `SleepnbError` for what is no number of processes."
-    if isinstance(jobs, Integral) and not isinstance(jobs, bool) and (jobs >= 1 or jobs == -1): return jobs
+    if is_whole(jobs) and (jobs >= 1 or jobs == -1): return jobs
     raise SleepnbError('jobs is a number of processes', expected='1 or more, or -1 for one per core', found=repr(jobs))
 
 # %% ../nbs/000_core.ipynb #48f2fbf7

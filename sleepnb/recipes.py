@@ -63,7 +63,7 @@ class Run:
         said = f'{self.task} on {self.data}', self.what, self.split, f'seed {self.config.get("seed")}'
         return f'{", ".join(filter(None, said))} ({self.id})'
 
-# %% ../nbs/615_recipes.ipynb #8b3dc7c4
+# %% ../nbs/615_recipes.ipynb #0f9a83d0
 @dataclass(frozen=True)
 class Scale:
     "How much is trained, and on what."
@@ -80,14 +80,14 @@ class Scale:
 _SHORT = dict(lr=1e-3, drop=0.)
 SCALES = {s.name: s for s in (
     Scale('smoke', 5, 40, pretrain=_SHORT | dict(steps=6, batch=20),
-          tune=dict(rates=[1e-3, 3e-3], drop=0., batch=20, pass_steps=3, passes=2, unfreeze=[0, 1, 1], patience=1),
+          tune=dict(rates=[1e-3, 3e-3], batch=20, pass_steps=3, passes=2, unfreeze=[0, 1, 1], patience=1),
           sleepsmc=dict(batch=16, pass_steps=5, passes=1)),
     Scale('small', 30, 480, pretrain=_SHORT | dict(steps=520, batch=100),
-          tune=dict(rates=[1e-3, 3e-3], drop=0., batch=100, pass_steps=100, passes=8, unfreeze=[1, 2, 3], patience=4),
+          tune=dict(rates=[1e-3, 3e-3], batch=100, pass_steps=100, passes=12, unfreeze=[1, 2, 3], patience=4),
           sleepsmc=dict(batch=128, pass_steps=1, passes=6)),
     Scale('paper', splits=(0, 1, 2), folds=(0, 1, 2, 3, 4), seeds=(0, 1, 2),
           pretrain=dict(lr=1e-4, drop=.5, gain=1., passes=400, batch=100),
-          tune=dict(rates=[1e-4], drop=.5, batch=100, pass_steps=1, passes=100, unfreeze=[10, 20, 30], patience=20),
+          tune=dict(rates=[1e-4], batch=100, pass_steps=1, passes=100, unfreeze=[10, 20, 30], patience=20),
           sleepsmc=dict(batch=128, pass_steps=1, passes=100)))}
 
 # %% ../nbs/615_recipes.ipynb #7af6e992
@@ -110,9 +110,10 @@ def _cohort(paper, dataset, scale): # what JSON can hold
     return dict(name=f'{name}-simulated', recipe=_RECIPES[paper], channels=list(channels), population=population,
                 people=scale.people, epochs=scale.epochs)
 
-# %% ../nbs/615_recipes.ipynb #6592f984
+# %% ../nbs/615_recipes.ipynb #8c3cef04
 _LETTERS = {'S': 'SleepEDF-20', 'I': 'ISRUC-S1', 'A': 'ANPHY-Sleep'}
 _CAM = dict(n_dims=72, n_virtual=16) # dimensions of the embedding of places, virtual channels: the paper's choice
+_SCRATCH = 'from scratch'
 _TASKS = {'AUG only': ['AUG'], 'TS only': ['TS'], 'FBM only': ['FBM']}
 
 def read_settings(
@@ -122,8 +123,13 @@ def read_settings(
     return dict(part.split('=', 1) for part in text.removeprefix('ablation:').split(';') if '=' in part)
 
 def _mtssrl(row, scale)->list[Run]:
-    if row.model != 'MTSSRL-MD': return []
+    if row.model not in ('MTSSRL-MD', _SCRATCH): return []
     said = read_settings(row.setting)
+    tune = dict(data=[_cohort('MTSSRL-MD', row.dataset, scale)], labels=float(said['labels'].rstrip('%')) / 100, **scale.tune)
+    of = [dict(split=dict(kind='holdout', seed=split), seed=seed) for split in scale.splits for seed in scale.seeds]
+    if row.model == _SCRATCH:
+        del tune['unfreeze']                                                     # of what is pretrained
+        return [Run('scratch', dict(tune, **o, drop=scale.pretrain['drop'])) for o in of]
     letters = said['pretrain'].split()[0].removesuffix('-only').split('+')       # 'S+I+A (CAM)', 'S-only'
     tasks = said.get('tasks', 'AUG+TS+FBM uncertainty')
     how = dict(tasks=_TASKS.get(tasks, ['AUG', 'TS', 'FBM']), weighting='uw_shift' if 'uncertainty' in tasks else 'equal',
@@ -131,15 +137,7 @@ def _mtssrl(row, scale)->list[Run]:
     cam = {k: int(said[k]) for k in ('n_dims', 'n_virtual') if k in said}
     if cam not in ({}, _CAM): how['cam'] = cam                                   # otherwise it is a run of the tables
     data = [_cohort('MTSSRL-MD', _LETTERS[o], scale) for o in letters]
-    target = [_cohort('MTSSRL-MD', row.dataset, scale)]
-    labels = float(said['labels'].rstrip('%')) / 100
-    runs = []
-    for split in scale.splits:
-        for seed in scale.seeds:
-            of = dict(split=dict(kind='holdout', seed=split), seed=seed)
-            before = Run('pretrain', dict(data=data, **of, **how, **scale.pretrain))
-            runs.append(Run('finetune', dict(data=target, **of, labels=labels, **scale.tune), before))
-    return runs
+    return [Run('finetune', dict(tune, **o), Run('pretrain', dict(data=data, **o, **how, **scale.pretrain))) for o in of]
 
 # %% ../nbs/615_recipes.ipynb #f044d564
 _ABLATIONS = {('no', 'no'): dict(uncertainty=False, contrast=False), ('no', 'yes'): dict(uncertainty=False, contrast=True),
@@ -157,12 +155,11 @@ def _sleepsmc(row, scale)->list[Run]:
     return [Run('sleepsmc', config | dict(split=dict(kind='folds', k=5, fold=fold, seed=0), seed=seed))
             for fold in scale.folds for seed in scale.seeds]
 
-# %% ../nbs/615_recipes.ipynb #c2cc4ff9
+# %% ../nbs/615_recipes.ipynb #8479b014
 # name → paper, table, runs of a row
 RECIPES = {f'mtssrl-table{n}': ('MTSSRL-MD', str(n), _mtssrl) for n in range(1, 7)} \
         | {'mtssrl-figure4': ('MTSSRL-MD', 'Figure 4', _mtssrl)} \
         | {f'sleepsmc-table{n}': ('SleepSMC', str(n), _sleepsmc) for n in (1, 2, 3, 5, 6, 7, 8)}
-_GRID = [dict(n_dims=d, n_virtual=v) for d in (32, 72, 128) for v in (8, 16, 32)]
 
 METRICS = dict(BACC='balanced_accuracy', MF1='macro_f1', kappa='kappa', AUC='auroc', Accuracy='accuracy', MacroF1='macro_f1',
                Kappa='kappa', F1_W='f1_W', F1_Wake='f1_W', F1_N1='f1_N1', F1_N2='f1_N2', F1_N3='f1_N3',
@@ -179,11 +176,15 @@ def printed_tables()->pd.DataFrame: # columns paper, table, dataset, setting, mo
     "Every number that the papers print in a table."
     return _printed().copy()                                                     # of which a caller may change its own
 
-def _grid()->pd.DataFrame: # as `printed_tables`, without numbers: the figure has none
-    rows = [dict(paper='MTSSRL-MD', table='Figure 4', dataset=dataset, model='MTSSRL-MD', modality='EEG', metric=metric,
-                 setting=f'pretrain=S+I+A;labels=5%;n_dims={c["n_dims"]};n_virtual={c["n_virtual"]}')
-            for dataset in DATASETS['MTSSRL-MD'] for c in _GRID for metric in ('BACC', 'MF1', 'kappa')]
-    return pd.DataFrame(rows).assign(mean=float('nan'), std=float('nan'))
+_SIZES = [f'pretrain=S+I+A;labels=5%;n_dims={d};n_virtual={v}' for d in (32, 72, 128) for v in (8, 16, 32)]
+_UNPRINTED = {('MTSSRL-MD', table): [(_SCRATCH, f'labels={n}%')] for table,n in (('1', 5), ('2', 10), ('3', 100))} \
+           | {('MTSSRL-MD', 'Figure 4'): [('MTSSRL-MD', o) for o in _SIZES]}     # model and setting
+
+def _unprinted(paper, table)->pd.DataFrame: # as of `printed_tables`
+    rows = [dict(paper=paper, table=table, dataset=dataset, setting=setting, model=model, modality='EEG', metric=metric)
+            for model,setting in _UNPRINTED.get((paper, table), ()) for dataset in DATASETS[paper]
+            for metric in ('BACC', 'MF1', 'kappa')]
+    return pd.DataFrame(rows, columns=[*printed_tables()]).astype(dict(mean=float, std=float))
 
 def check_recipe(
     recipe:str, # a key of `RECIPES`
@@ -197,12 +198,13 @@ def check_recipe(
 def recipe_numbers(
     recipe:str,         # a key of `RECIPES`
     scale:str='small',  # a key of `SCALES`
-)->pd.DataFrame:        # as of `printed_tables`; the numbers of a figure are NaN
-    """What is printed in a table or shown in a figure.
+)->pd.DataFrame:        # as of `printed_tables`; without a printed number, NaN
+    """What is printed in a table or shown in a figure, and from scratch what a table does not have.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     paper,table,*_ = check_recipe(recipe, scale)
-    return _grid() if table.startswith('Figure') else printed_tables().query('paper == @paper and table == @table')
+    parts = printed_tables().query('paper == @paper and table == @table'), _unprinted(paper, table)
+    return pd.concat([o for o in parts if len(o)], ignore_index=True)
 
 def table_rows(
     recipe:str,         # a key of `RECIPES`

@@ -6,7 +6,7 @@
 __all__ = ['read_result', 'is_done', 'runs_to_do', 'carry_out', 'estimate_hours', 'recipe_status', 'recipe_table', 'read_stages',
            'compare_runs', 'run_recipe']
 
-# %% ../nbs/620_runs.ipynb #5203e6bf
+# %% ../nbs/620_runs.ipynb #7e4179ce
 import json
 import os
 import platform
@@ -36,10 +36,10 @@ from .core import SleepnbError, WeightsError, check_jobs, write_whole
 from .metrics import score_difference, score_table
 from .recipes import METRICS, UNITS, Run, recipe_numbers, runs_of, table_rows
 from .stager import _one_thread
-from .trainings import _NUMBERS, NIGHTS, TASKS, check_stores, code_checksum
+from .trainings import NIGHTS, NUMBERS, TASKS, check_stores, code_checksum
 from .weights import FORMAT, read_tensors
 
-# %% ../nbs/620_runs.ipynb #3ec34280
+# %% ../nbs/620_runs.ipynb #336451a7
 def _git(*args):
     asked = dict(cwd=Path(sleepnb.__file__).parent, capture_output=True, text=True, check=True)
     try: return subprocess.run(['git', *args], **asked).stdout.strip()
@@ -48,7 +48,7 @@ def _git(*args):
 @cache
 def _commit(): # asked for when a process begins to train; whether files have changed since
     if _git('ls-files', '--error-unmatch', '__init__.py') is None: return dict(commit=None, changed=False) # of another project
-    return dict(commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain', '--', '*.py', *_NUMBERS)))
+    return dict(commit=_git('rev-parse', 'HEAD'), changed=bool(_git('status', '--porcelain', '--', '*.py', *NUMBERS)))
 
 def _provenance(task, dls, started, clock):
     versions = {o: version(o) for o in ('sleepnb', 'torch', 'fastai', 'numpy', 'scipy')}

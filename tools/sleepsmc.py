@@ -31,7 +31,7 @@ from sleepnb.data.store import Cohort, EpochStore, prepare
 from sleepnb.learner import extract_features, load_learner, predict_stages, save_learner, score_subsets, sleepsmc_learner
 from sleepnb.montage import parse_channel
 from sleepnb.recipes import read_settings, table_rows
-from sleepnb.trainings import KeepEach, _split, _stores
+from sleepnb.trainings import KeepEach, open_stores, split_of
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
 
@@ -69,10 +69,10 @@ def stores_of(work, cohort, whole=False): # is nothing missing of anybody?
         prepare(Cohort('nine-simulated', nights, CHANNELS, read), folder, 'sleepsmc')     # one name: one split
     return Stores([EpochStore(folder)], in_memory=True)
 
-def split_of(stores, cohort, fold): return holdout_split(stores.nights) if cohort == 'home' else kfold_splits(stores.nights, FOLDS)[fold]
+def own_split(stores, cohort, fold): return holdout_split(stores.nights) if cohort == 'home' else kfold_splits(stores.nights, FOLDS)[fold]
 
 def loaders(stores, cohort, fold, seed):
-    return labelled_loaders(stores, split_of(stores, cohort, fold), bs=BATCH, modalities=MODALITIES, seed=seed)
+    return labelled_loaders(stores, own_split(stores, cohort, fold), bs=BATCH, modalities=MODALITIES, seed=seed)
 
 def train(work, arm, fold, seed):
     cohort,primary,kwargs = ARMS[arm]
@@ -129,8 +129,8 @@ def features(runs):
     "Features of the test people in the plane, by FeatureNet and by the network with contrast and uncertainty."
     table = table_rows('sleepsmc-table3').query('dataset == "ISRUC-S3" and modality in @MODALITIES')
     config = table.runs.iloc[0][0].config
-    stores,rows = _stores(config, runs/'stores'), []
-    dls = labelled_loaders(stores, _split(stores.nights, config['split']), bs=BATCH, modalities=MODALITIES)
+    stores,rows = open_stores(config, runs/'stores'), []
+    dls = labelled_loaders(stores, split_of(config, stores.nights), bs=BATCH, modalities=MODALITIES)
     for row in table.itertuples():
         said = read_settings(row.setting)
         system = {('no', 'no'): 'FeatureNet', ('yes', 'yes'): '+ C + U'}.get((said['U'], said['C']))

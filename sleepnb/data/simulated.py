@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SENSORS', 'ENVELOPE_GAIN', 'DATASETS', 'FORMAT', 'Trace', 'Files', 'Dataset', 'simulate']
 
-# %% ../../nbs/160_data.simulated.ipynb #c4ea5d5b
+# %% ../../nbs/160_data.simulated.ipynb #f8eb72b7
 import hashlib
 import json
 import os
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.resources import files as package_files
-from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from scipy.signal import butter, sosfilt
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import EPOCH_SEC, RecordingError, SleepnbError, Stage, check_jobs, rng
+from ..core import EPOCH_SEC, RecordingError, SleepnbError, Stage, check_jobs, is_whole, rng
 from .cohorts import COHORTS, SHORT_NAMES, SIMULATED
 from .psg import open_recording
 from .store import Cohort
@@ -383,9 +382,7 @@ def _sweep(
         except ProcessLookupError: temporary.unlink(missing_ok=True)
         except (PermissionError, ValueError): pass      # it lives, and is somebody else's; or the file is not ours
 
-# %% ../../nbs/160_data.simulated.ipynb #1e068c2a
-def _is_number(x)->bool: return isinstance(x, Integral) and not isinstance(x, bool) # numpy's, too; True is none
-
+# %% ../../nbs/160_data.simulated.ipynb #1eedc100
 def _nights_of(
     cohort:str,                   # a key of `DATASETS`
     subjects:int|Iterable[int],   # how many, or which
@@ -395,8 +392,8 @@ def _nights_of(
     for s,n in DATASETS[cohort].nights: there.setdefault(s, []).append(n)
     known = list(there)
     if isinstance(subjects, Iterable): wanted = list(subjects)
-    else: wanted = known[:subjects] if _is_number(subjects) and 0 < subjects <= len(known) else []
-    right = all(_is_number(s) and s in there for s in wanted) and _is_number(nights) and nights > 0
+    else: wanted = known[:subjects] if is_whole(subjects) and 0 < subjects <= len(known) else []
+    right = all(is_whole(s) and s in there for s in wanted) and is_whole(nights) and nights > 0
     if not wanted or not right:
         raise SleepnbError('the dataset has no such subjects or nights', where=cohort,
                            expected=f'1 to {len(known)} subjects, or some of the numbers {known[0]} to {known[-1]} that exist',
@@ -436,7 +433,8 @@ def simulate(
         raise SleepnbError('this cohort cannot be simulated', found=repr(cohort), expected=', '.join(DATASETS))
     if not .1 <= hours <= 24:
         raise SleepnbError('a recording cannot last so long', found=f'{hours:g} hours', expected='.1 to 24')
-    if not _is_number(seed): raise SleepnbError('a seed is a whole number', found=f'seed={seed!r}')
+    if not is_whole(seed): raise SleepnbError('a seed is a whole number', found=f'seed={seed!r}')
+    check_jobs(jobs)
     folder,how = Path(folder).expanduser(), dict(hours=hours, seed=int(seed), whole_cap=whole_cap)
     todo = [o for o in _nights_of(name, subjects, nights) if not _is_there(folder, name, *o, **how)]
     _check_room(folder, name, todo, **how)
@@ -444,5 +442,5 @@ def simulate(
     _sweep(folder)
     tasks = (delayed(_write_night)(folder, name, *o, **how) for o in todo)
     with tqdm(total=len(todo), desc=f'simulating {name}', unit='night', disable=not progress or not todo) as bar:
-        for _ in Parallel(n_jobs=check_jobs(jobs), return_as='generator')(tasks): bar.update()
+        for _ in Parallel(n_jobs=jobs, return_as='generator')(tasks): bar.update()
     return COHORTS[name](folder)
