@@ -6,6 +6,7 @@ from threading import Thread
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from sklearn.metrics import f1_score
@@ -27,8 +28,7 @@ def out(tmp_path_factory):
     return out
 
 def tiny(seed): # a training of a second or two
-    config = next(r for r in runs_of('mtssrl-table6', 'smoke') if r.task == 'finetune').config
-    return Run('scratch', config | dict(seed=seed))
+    return Run('scratch', next(r for r in runs_of('mtssrl-table2', 'smoke') if r.task == 'scratch').config | dict(seed=seed))
 
 def test_an_id_is_the_hash_of_what_decides():
     parent = Run('pretrain', dict(seed=0))
@@ -52,12 +52,21 @@ def test_every_printed_row_has_a_place(recipe):
     "Rows of systems that are built have runs of the dataset and the labels that the row names; others have none."
     for scale in ('small', 'paper'):
         for row in table_rows(recipe, scale).itertuples():
-            assert bool(row.runs) == (row.model in ('MTSSRL-MD', 'SleepSMC', 'FeatureNet'))
+            assert bool(row.runs) == (row.model in ('MTSSRL-MD', 'from scratch', 'SleepSMC', 'FeatureNet'))
             for run in row.runs:
                 if 'labels=' in row.setting: assert f'labels={run.config["labels"]:.0%}' in row.setting
                 if run.task == 'sleepsmc' and '+' in row.modality: assert run.config['primary'] == 'all'
                 if run.task == 'sleepsmc' and '+' not in row.modality: assert run.config['primary'] in (row.modality, 'any')
                 if run.parent: assert run.parent.config['seed'] == run.config['seed'] and run.parent.config['split'] == run.config['split']
+
+def test_from_scratch_differs_in_what_it_begins_with():
+    "It learns from the same labels of the same people, with the same rates and as many passes."
+    for recipe in ('mtssrl-table1', 'mtssrl-table2', 'mtssrl-table3'):
+        rows = table_rows(recipe).query('model in ["MTSSRL-MD", "from scratch"]').set_index(['dataset', 'model']).runs.str[0].unstack()
+        for tuned,scratch in zip(rows['MTSSRL-MD'], rows['from scratch']):
+            same = dict(scratch.config)
+            assert same.pop('drop') == tuned.parent.config['drop'] and not scratch.parent
+            assert same | dict(unfreeze=tuned.config['unfreeze']) == tuned.config
 
 def test_ablations_differ_in_what_they_ablate():
     "A row of each kind against the whole system, by hand."
@@ -181,6 +190,7 @@ def test_other_code_makes_results_stale(out, tmp_path):
     assert checksum() != code_checksum('finetune')
     file.write_text(text)
     (package/'report.py').write_text('shown = 1')                     # does not decide
+    (package/'__init__.py').write_text('__version__ = "99"')          # neither does a version
     assert checksum() == code_checksum('finetune')
     file.write_text(text.replace('lr:float=1e-3', 'lr:float=2e-3'))
     assert checksum() != code_checksum('finetune') and checksum('sleepsmc') != code_checksum('sleepsmc')
@@ -218,7 +228,7 @@ def test_a_task_does_not_use_what_its_checksum_leaves_out(task, tmp_path):
     code = ('import sys, sleepnb; from pathlib import Path; from sleepnb.recipes import *; from sleepnb.runs import *\n'
             'assert Path(sleepnb.__file__).parent.parent == Path.cwd()\n'
             'runs,smc = runs_of("mtssrl-table6", "smoke"), {r.what: r for r in runs_of("sleepsmc-table3", "smoke") if r.data == "isruc3-simulated"}\n'
-            'asked = dict(pretrain=runs[:1], finetune=runs, scratch=[Run("scratch", runs[1].config)],\n'
+            'asked = dict(pretrain=runs[:1], finetune=runs, scratch=[r for r in runs_of("mtssrl-table2", "smoke") if r.task == "scratch"][:1],\n'
             '             sleepsmc=[smc[o] for o in ("any, FeatureNet", "any, C", "all, C + U", "EOG, C + U")])\n'
             'from sleepnb.trainings import _store\n'
             'Path("out/stores").mkdir(parents=True)\n'
@@ -361,52 +371,35 @@ def test_a_checkpoint_of_other_code_or_weights_is_not_continued(other, tmp_path)
     if other != 'code': write(2.)
     assert begin('sleepsmc' if other == 'code' else run.task) == [False, False]   # its checksum is another
 
-def processes_below(pid):
-    "Ids of all that it has started, and of what these have."
-    rows = [line.split() for line in subprocess.run(['ps', '-A', '-o', 'pid=,ppid=,stat='], capture_output=True, text=True).stdout.splitlines()]
-    below = {int(p): int(parent) for p,parent,state in rows if not state.startswith('Z')}
-    found = {pid}
-    while more := {p for p,parent in below.items() if parent in found} - found: found |= more
-    return found - {pid}
+def trains(*options, out):
+    "A command that trains for minutes, when its first run has begun, and all processes that it has started."
+    command = ['sleepnb', 'run', 'sleepsmc-table2', '--out', str(out), '--jobs', '2', '--yes', *options]
+    with (out/'told').open('w') as told: parent = psutil.Popen(command, stderr=told, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not [*out.glob('*/.lock')] and parent.poll() is None and time.monotonic() < deadline: time.sleep(.1)
+    below = parent.children(recursive=True)
+    assert len(below) >= 2, (out/'told').read_text()
+    return parent, below
 
-def alive(pids):
-    rows = [line.split() for line in subprocess.run(['ps', '-A', '-o', 'pid=,stat='], capture_output=True, text=True).stdout.splitlines()]
-    return pids & {int(p) for p,state in rows if not state.startswith('Z')}
+def end(parent, below): # who is left of them after a minute, and is killed
+    _,left = psutil.wait_procs([parent, *below], timeout=60)
+    for p in left: p.kill()
+    return left
 
 @pytest.mark.parametrize('how, backend', [(signal.SIGKILL, 'loky'), (signal.SIGTERM, 'loky'), (signal.SIGKILL, 'dask')])
 def test_workers_end_with_their_parent(how, backend, tmp_path):
     "Trainings of minutes, of which the parent is ended: its workers end, too."
-    command = ['sleepnb', 'run', 'sleepsmc-table2', '--out', str(tmp_path), '--jobs', '2', '--backend', backend, '--yes']
-    with (tmp_path/'told').open('w') as told: parent = subprocess.Popen(command, stderr=told, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not [*tmp_path.glob('*/.lock')] and parent.poll() is None and time.monotonic() < deadline: time.sleep(.1)
-    below = processes_below(parent.pid)
-    assert len(below) >= 2
+    parent,below = trains('--backend', backend, out=tmp_path)
     parent.send_signal(how)
-    deadline = time.monotonic() + 60
-    while parent.poll() is None and time.monotonic() < deadline: time.sleep(.2)
-    while alive(below) and time.monotonic() < deadline: time.sleep(.2)
-    left = alive(below | {parent.pid})
-    for p in left: os.kill(p, signal.SIGKILL)
-    told = (tmp_path/'told').read_text()
+    left,told = end(parent, below), (tmp_path/'told').read_text()
     assert not left, told
     if how == signal.SIGTERM: assert parent.returncode == 130 and 'The same command, given again, goes on.' in told, told
 
 def test_a_process_that_is_lost_is_told(tmp_path):
     "One of two processes is killed, as for want of memory; what to do is said, and nobody is left behind."
-    command = ['sleepnb', 'run', 'sleepsmc-table2', '--out', str(tmp_path), '--jobs', '2', '--yes']
-    with (tmp_path/'told').open('w') as told: parent = subprocess.Popen(command, stderr=told, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not [*tmp_path.glob('*/.lock')] and parent.poll() is None and time.monotonic() < deadline: time.sleep(.1)
-    below = processes_below(parent.pid)
-    try:
-        called = {p: subprocess.run(['ps', '-o', 'command=', '-p', str(p)], capture_output=True, text=True).stdout for p in below}
-        os.kill(next(p for p,said in called.items() if 'popen_loky' in said), signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while (parent.poll() is None or alive(below)) and time.monotonic() < deadline: time.sleep(.2)
-    finally:
-        for p in (left := alive(below | {parent.pid})): os.kill(p, signal.SIGKILL)
-    told = (tmp_path/'told').read_text()
+    parent,below = trains(out=tmp_path)
+    next(p for p in below if any('popen_loky' in o for o in p.cmdline())).kill()
+    left,told = end(parent, below), (tmp_path/'told').read_text()
     assert not left and parent.returncode not in (0, 130) and 'Traceback' not in told, told
     assert 'a process was lost' in told and 'use fewer jobs' in told, told
 
