@@ -136,7 +136,7 @@ CLAIMS = { # key of `RECIPES` → claim
     'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r',
                              _better('weights by exp(−r)', 'weights by −r'))}
 
-# %% ../nbs/625_results.ipynb #b17672af
+# %% ../nbs/625_results.ipynb #89a37a57
 VERDICTS = ('holds', 'does not hold', 'undecided', 'not computed', 'not built')
 _MAIN = {'MTSSRL-MD': 'MF1', 'SleepSMC': 'Kappa'}                               # what claims are about, as printed
 
@@ -146,7 +146,7 @@ def results_claims(
     out:str|Path='runs',   # where runs are
     metric:str|None=None,  # as printed; by default macro-F1 in MTSSRL-MD's tables and κ in SleepSMC's
 )->pd.DataFrame:           # columns paper, metric, claim, dataset, labels, modality, rival, printed: a difference; value, low,
-                           # high, people, verdict: one of `VERDICTS`
+                           # high, people, runs, expected, verdict: one of `VERDICTS`
     """The claims of a table, each tested wherever both systems are printed.
 
     Raises `SleepnbError` for a recipe, a scale or a metric that there is not."""
@@ -165,8 +165,9 @@ def results_claims(
             printed = there['mean'][better] - there['mean'][rival]
             found = compare_runs(there.runs[better], there.runs[rival], where['modality'], METRICS[metric], out)
             if not (there.runs[better] and there.runs[rival]): found['verdict'] = 'not built'
-            tested.append(dict(paper=paper, metric=metric, claim=name, **where, rival=rival, printed=printed)
-                          | found | {k: found[k]*unit for k in ('value', 'low', 'high')})
+            scores = {k: found[k]*unit for k in ('value', 'low', 'high')}
+            tested.append(dict(paper=paper, metric=metric, claim=name, **where, rival=rival, printed=printed) | found | scores
+                          | dict(expected=len(there.runs[better])))
     return pd.DataFrame(tested)
 
 def count_verdicts(
@@ -177,7 +178,7 @@ def count_verdicts(
     several = {'holds': 'hold', 'does not hold': 'do not hold'}
     return ', '.join(f'{n[v]} {several.get(v, v) if n[v] > 1 else v}' for v in VERDICTS if v in n)
 
-# %% ../nbs/625_results.ipynb #45461895
+# %% ../nbs/625_results.ipynb #5a7ad6a9
 def show_claims(
     claims:pd.DataFrame, # as from `results_claims`
 )->pd.DataFrame:         # what differs, rounded
@@ -188,7 +189,9 @@ def show_claims(
     table = claims.set_index(['claim', *_differing(claims)])
     if table.value.isna().all(): return table[best].assign(printed=table.printed.map(number), verdict=table.verdict)
     numbers = table[['printed', 'value', 'low', 'high']].map(number)
-    return table[best].join(numbers).assign(people=table.people.replace({0: ''}), verdict=table.verdict)
+    rests = dict(people=table.people.replace({0: ''}))
+    if table.expected.max() > 1: rests['runs'] = [f'{n} of {m}' for n,m in zip(table.runs, table.expected)]
+    return table[best].join(numbers).assign(**rests, verdict=table.verdict)
 
 # %% ../nbs/625_results.ipynb #dc5a0e95
 def _panels(n, height, **kwargs): # n axes, four in a row at most

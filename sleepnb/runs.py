@@ -331,7 +331,7 @@ def recipe_table(
                                found=len(found), expected=len(row.runs), ids=[f['id'] for f in found]))
     return pd.DataFrame(rows)
 
-# %% ../nbs/620_runs.ipynb #885116a7
+# %% ../nbs/620_runs.ipynb #ddf319a4
 def read_stages(
     runs:Iterable[Run],
     using:str='EEG',       # modalities, as a row of a table has them
@@ -350,22 +350,23 @@ def read_stages(
 
 def compare_runs(
     ours:Iterable[Run],
-    rival:Iterable[Run],
+    rival:Iterable[Run],   # of the same splits and seeds
     using:str='EEG',       # modalities, as a row of a table has them
     metric:str='macro_f1',
     out:str|Path='runs',
-)->dict:                   # value, low, high: ours − rival; people; verdict: holds, does not hold, undecided or not computed
+)->dict:                   # value, low, high: ours − rival; people; runs: of each, that are done on both sides; verdict: holds,
+                          # does not hold, undecided or not computed
     "Is ours better? It is when the 95 % interval over people lies above zero."
     a,b = (read_stages(r, using, out) for r in (ours, rival))
     keys = ['cohort', 'subject', 'night']
     both = pd.merge(a[keys].drop_duplicates(), b[keys].drop_duplicates())
     a,b = (o.merge(both).sort_values([*keys, 'epoch'], ignore_index=True) for o in (a, b))
     same = a.stage.tolist() == b.stage.tolist()                                  # or else another simulator made them
-    if both.empty or not same: return dict(value=np.nan, low=np.nan, high=np.nan, people=0, verdict='not computed')
+    if both.empty or not same: return dict(value=np.nan, low=np.nan, high=np.nan, people=0, runs=0, verdict='not computed')
     apart = score_difference(a, b).loc[metric]
     verdict = 'holds' if apart.low > 0 else 'does not hold' if apart.high < 0 else 'undecided'
-    people = len(both[['cohort', 'subject']].drop_duplicates())
-    return dict(value=apart.value, low=apart.low, high=apart.high, people=people, verdict=verdict)
+    people,runs = len(both[['cohort', 'subject']].drop_duplicates()), both.night.str.split(' ', n=1).str[1].nunique()
+    return dict(value=apart.value, low=apart.low, high=apart.high, people=people, runs=runs, verdict=verdict)
 
 # %% ../nbs/620_runs.ipynb #04b41859
 def run_recipe(

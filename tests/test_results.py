@@ -21,12 +21,13 @@ def error_rate(run):
     "A world in which the papers are right: whatever they call better is wrong less often."
     c = run.config
     if run.task == 'sleepsmc': return .1 + .1*(not c['uncertainty']) + .1*(not c['contrast']) + .1*(c['score'] == 'negative')
+    if run.task == 'scratch': return .5
     before = run.parent.config
     return .1 + .1*(before['weighting'] == 'equal') + .2*(len(before['tasks']) < 3) + .1*(len(before['data']) < 3) + .1*('cam' in before)
 
 def make_up(run, out, rate=None, people=3, epochs=200):
     "A result as a run leaves it; whoever is right less often is also wrong wherever the other is."
-    using = [] if run.task == 'pretrain' else ['EEG'] if run.task == 'finetune' else \
+    using = [] if run.task == 'pretrain' else ['EEG'] if run.task in ('finetune', 'scratch') else \
         run.config['modalities'] if run.config['primary'] == 'any' else \
         ['+'.join(run.config['modalities'])] if run.config['primary'] == 'all' else [run.config['primary']]
     rate = error_rate(run) if using and rate is None else rate
