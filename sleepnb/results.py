@@ -93,7 +93,7 @@ def results_table(
     wide = table.set_index([*differ, 'system', 'metric']).cell.unstack(sort=False)
     return wide[metrics or [*wide]].rename_axis(columns=None)
 
-# %% ../nbs/625_results.ipynb #a6959b8c
+# %% ../nbs/625_results.ipynb #afba2ce7
 @dataclass(frozen=True)
 class Claim:
     "What a paper says about a table."
@@ -116,7 +116,7 @@ def _by_one(dataset): return Claim(f'On {dataset}, SleepSMC stages better with o
 
 CLAIMS = { # key of `RECIPES` → claim
     'mtssrl-table1': Claim('With 5 % of the labels, pretraining on three cohorts is better than the best method pretrained on '
-                           'one, and than SeqCLR; than from scratch, we ask', _FEW),
+                           'one, and than SeqCLR (asked besides: than from scratch)', _FEW),
     'mtssrl-table2': Claim('The same with 10 % of the labels', _FEW),
     'mtssrl-table3': Claim('With all labels, it is better than supervised networks',
                            [*_better(_WHOLE, 'DeepSleepNet', 'U-Sleep', 'ATCNet'), _FEW[-1]]),
@@ -136,7 +136,7 @@ CLAIMS = { # key of `RECIPES` → claim
     'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r',
                              _better('weights by exp(−r)', 'weights by −r'))}
 
-# %% ../nbs/625_results.ipynb #89a37a57
+# %% ../nbs/625_results.ipynb #98ecbb51
 VERDICTS = ('holds', 'does not hold', 'undecided', 'not computed', 'not built')
 _MAIN = {'MTSSRL-MD': 'MF1', 'SleepSMC': 'Kappa'}                               # what claims are about, as printed
 
@@ -147,7 +147,7 @@ def results_claims(
     metric:str|None=None,  # as printed; by default macro-F1 in MTSSRL-MD's tables and κ in SleepSMC's
 )->pd.DataFrame:           # columns paper, metric, claim, dataset, labels, modality, rival, printed: a difference; value, low,
                            # high, people, runs, expected, verdict: one of `VERDICTS`
-    """The claims of a table, each tested wherever both systems are printed.
+    """The claims of a table, each tested wherever the table has both systems.
 
     Raises `SleepnbError` for a recipe, a scale or a metric that there is not."""
     paper = check_recipe(recipe, scale)[0]
