@@ -817,7 +817,7 @@ def export(
     made = export_onnx(weights, onnx, _names(channels), _names(modalities))
     typer.echo(f'{made}: the network is there, as ONNX')
 
-# %% ../nbs/640_cli.ipynb #d8541a57
+# %% ../nbs/640_cli.ipynb #5a1fdf3c
 _STATES = ('done', 'stale', 'failed', 'missing')
 _Scale = StrEnum('_Scale', 'smoke small paper')
 _Backend = StrEnum('_Backend', 'loky dask')
@@ -858,7 +858,7 @@ def recipe(
     wanted = runs_of(name, scale)
     _check_folder(out, 'Name another folder: --out DIR.')
     out = out.expanduser()
-    from sleepnb.runs import check_stores, estimate_hours, recipe_status, run_recipe, runs_to_do
+    from sleepnb.runs import carry_out, check_stores, estimate_hours, recipe_status, recipe_table, runs_to_do
     todo = runs_to_do(wanted, out, retry, redo_stale)
     check_stores(todo, out)
     hours,states = estimate_hours(todo), _states(recipe_status(name, scale, out))
@@ -869,13 +869,17 @@ def recipe(
     if states['stale'] and not redo_stale:
         _say('what earlier code has made is kept; --redo-stale trains it again')
     if hours > 4 and not yes and not (sys.stdin.isatty() and typer.confirm('Begin?', err=True)):
-        raise SleepnbError('nothing was begun, for it would take more than four hours', remedy='Add --yes.')
-    table = run_recipe(name, scale, out, jobs=jobs, backend=backend, scheduler=scheduler, retry=retry, redo_stale=redo_stale)
-    if as_json: typer.echo(table.to_json(orient='records'))
+        raise SleepnbError('nothing was begun, for it would take more than four hours of a core', remedy='Add --yes.')
+    failed = carry_out(wanted, out, jobs, backend, scheduler, retry, redo_stale)
+    if as_json: typer.echo(recipe_table(name, scale, out).to_json(orient='records'))
     else:
         from sleepnb.results import describe_runs, results_table
         typer.echo(f'{describe_runs(name, scale, out)}\nprinted numbers are in brackets\n\n'
                    + results_table(name, scale, out).to_string())
+    if failed:
+        id,why = next(iter(failed.items()))
+        _say(f'{len(failed)} of {plural(len(wanted), "run")} failed: {why} ({out/id/"failed.json"}); --retry tries them again')
+        raise typer.Exit(1)
 
 @app.command('runs')
 def recipes(

@@ -110,7 +110,7 @@ def _cohort(paper, dataset, scale): # what JSON can hold
     return dict(name=f'{name}-simulated', recipe=_RECIPES[paper], channels=list(channels), population=population,
                 people=scale.people, epochs=scale.epochs)
 
-# %% ../nbs/615_recipes.ipynb #8c3cef04
+# %% ../nbs/615_recipes.ipynb #828a2ca8
 _LETTERS = {'S': 'SleepEDF-20', 'I': 'ISRUC-S1', 'A': 'ANPHY-Sleep'}
 _CAM = dict(n_dims=72, n_virtual=16) # dimensions of the embedding of places, virtual channels: the paper's choice
 _SCRATCH = 'from scratch'
@@ -128,7 +128,7 @@ def _mtssrl(row, scale)->list[Run]:
     tune = dict(data=[_cohort('MTSSRL-MD', row.dataset, scale)], labels=float(said['labels'].rstrip('%')) / 100, **scale.tune)
     of = [dict(split=dict(kind='holdout', seed=split), seed=seed) for split in scale.splits for seed in scale.seeds]
     if row.model == _SCRATCH:
-        del tune['unfreeze']                                                     # of what is pretrained
+        tune['patience'] += max(tune.pop('unfreeze'))                            # so that it ends no earlier
         return [Run('scratch', dict(tune, **o, drop=scale.pretrain['drop'])) for o in of]
     letters = said['pretrain'].split()[0].removesuffix('-only').split('+')       # 'S+I+A (CAM)', 'S-only'
     tasks = said.get('tasks', 'AUG+TS+FBM uncertainty')

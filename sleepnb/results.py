@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'VERDICTS', 'describe_runs', 'results_table', 'Claim', 'results_claims', 'count_verdicts', 'show_claims',
            'plot_claims', 'plot_results', 'results_summary']
 
-# %% ../nbs/625_results.ipynb #ab9e6600
+# %% ../nbs/625_results.ipynb #5124b17a
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from .core import SleepnbError
 from .recipes import METRICS, UNITS, check_recipe, read_settings, recipe_numbers, table_rows
-from .runs import compare_runs, is_done, recipe_status, recipe_table
+from .runs import compare_runs, recipe_status, recipe_table
 
 # %% ../nbs/625_results.ipynb #f35de3e9
 _WHERE = ['dataset', 'labels', 'modality']
@@ -260,17 +260,18 @@ def plot_results(
         ax.set_title(f'{_title(where) or dataset}\nours: {data.get(dataset, "not built")}', fontsize='medium')
     return axes
 
-# %% ../nbs/625_results.ipynb #580a1613
+# %% ../nbs/625_results.ipynb #149e731c
 def results_summary(
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',  # where runs are
-)->pd.DataFrame:          # one row per recipe; columns paper, table, claim, verdicts, found, expected
+)->pd.DataFrame:          # one row per recipe; columns paper, table, claim, verdicts, found, stale: of these, expected
     "What reproduces, and what does not."
     rows = {}
     for recipe,claim in CLAIMS.items():
         paper,table,*_ = check_recipe(recipe, scale)
-        shown = {run for runs in table_rows(recipe, scale).runs for run in runs}
+        shown = {run.id for runs in table_rows(recipe, scale).runs for run in runs}
+        state = recipe_status(recipe, scale, out).state[[*shown]] if shown else pd.Series(dtype=str)
         rows[recipe] = dict(paper=paper, table=table if ' ' in table else f'Table {table}', claim=claim.text,
                             verdicts=count_verdicts(results_claims(recipe, scale, out)),
-                            found=sum(is_done(run, out) for run in shown), expected=len(shown))
+                            found=state.isin(['done', 'stale']).sum(), stale=(state == 'stale').sum(), expected=len(shown))
     return pd.DataFrame(rows).T

@@ -6,7 +6,7 @@
 __all__ = ['read_result', 'is_done', 'runs_to_do', 'carry_out', 'estimate_hours', 'recipe_status', 'recipe_table', 'read_stages',
            'compare_runs', 'run_recipe']
 
-# %% ../nbs/620_runs.ipynb #7e4179ce
+# %% ../nbs/620_runs.ipynb #9aed4608
 import json
 import os
 import platform
@@ -32,11 +32,11 @@ from tqdm.auto import tqdm
 
 import sleepnb
 from .callbacks import digest
-from .core import SleepnbError, WeightsError, check_jobs, write_whole
+from .core import SleepnbError, StoreError, WeightsError, check_jobs, write_whole
 from .metrics import score_difference, score_table
 from .recipes import METRICS, UNITS, Run, recipe_numbers, runs_of, table_rows
 from .stager import _one_thread
-from .trainings import NIGHTS, NUMBERS, TASKS, check_stores, code_checksum
+from .trainings import NIGHTS, NUMBERS, TASKS, _store, check_stores, code_checksum
 from .weights import FORMAT, read_tensors
 
 # %% ../nbs/620_runs.ipynb #336451a7
@@ -82,9 +82,9 @@ def _result(run, folder, before, dls, made, table, started, clock)->dict:
                 training=_no_nan(table).to_dict('list'), weights=_weights_of(folder), before=before,
                 made=_provenance(run.task, dls, started, clock))
 
-# %% ../nbs/620_runs.ipynb #8f0fe730
+# %% ../nbs/620_runs.ipynb #532f40a2
 def _read_json(path, keys): # `None` if there is no such file
-    try: found = json.loads(path.read_bytes())
+    try: found = json.loads(path.expanduser().read_bytes())
     except (FileNotFoundError, NotADirectoryError): return None
     except ValueError: found = None
     if isinstance(found, dict) and keys <= found.keys(): return found
@@ -97,8 +97,13 @@ def read_result(
 )->dict|None:     # what its `result.json` holds; `None` if there is none
     """What came out of a run.
 
-    Raises `SleepnbError` for a damaged file."""
-    return _read_json(Path(out)/getattr(run, 'id', run)/'result.json', {'id', 'scores', 'nights', 'made'})
+    Raises `SleepnbError` for a damaged file, or one that belongs elsewhere."""
+    id = getattr(run, 'id', run)
+    found = _read_json(path := Path(out)/id/'result.json', {'id', 'scores', 'nights', 'made'})
+    if found and found['id'] != id:
+        raise SleepnbError('this is the result of another run', where=path, expected=id, found=found['id'],
+                           remedy='Name its folder as it was named.')
+    return found
 
 def is_done(run:Run, out:str|Path)->bool: return read_result(run, out) is not None
 
@@ -142,7 +147,7 @@ def runs_to_do(
         if not _is_wanting(p, out, redo_stale, True): _check_weights(p, out)     # others have failed
     return [r for r in asked if r in todo]
 
-# %% ../nbs/620_runs.ipynb #00c2c2b6
+# %% ../nbs/620_runs.ipynb #730ae7b0
 _ALONE = Lock() # a worker of Dask may have several threads
 
 def _note_failed(run, out, why, traceback=''):
@@ -156,6 +161,12 @@ def _begin(run, folder, out): # checkpoints of other code, or from other weights
     for left in folder.glob('*checkpoint.safetensors'): left.unlink()
     noted.write_text(begun)
     return before
+
+def _check_whole(run, stores): # a night of a simulated cohort may fail, as for want of memory
+    for d in (o for o in run.config['data'] if 'people' in o):
+        if len((made := _store(d, stores)).nights) != d['people']:
+            raise StoreError('a simulated cohort is not whole', where=made.path, found=f'{len(made.nights)} nights',
+                             expected=f'{d["people"]} nights', remedy='Try again: --retry in a shell, retry=True in Python.')
 
 def _carry_out(
     run:Run,
@@ -176,6 +187,7 @@ def _carry_out(
                 raise SleepnbError('the pretraining of this run has not succeeded', where=run.parent.id)
             before = _begin(run, folder, out)
             _commit()
+            _check_whole(run, out/'stores')
             dls,made,table = TASKS[run.task](run, folder, out/'stores', str(run) if progress else '')
             found = read_result(run, out)
             if not found or found.get('weights') != _weights_of(folder) or _is_stale(run, out): # or else only weights were gone
@@ -187,7 +199,7 @@ def _carry_out(
         for left in (*folder.glob('*checkpoint.safetensors'), folder/'begun'): left.unlink(missing_ok=True)
         return ''
 
-# %% ../nbs/620_runs.ipynb #836611ce
+# %% ../nbs/620_runs.ipynb #522b253b
 @contextmanager
 def _workers(jobs, backend, scheduler): # `each(f, runs)`: what `f` gives for each run, in the order in which they end
     if backend == 'loky':
@@ -243,6 +255,8 @@ def carry_out(
     Raises `SleepnbError` for jobs, a backend or a scheduler that there is not; what goes wrong in a run is returned."""
     if backend not in ('loky', 'dask'):
         raise SleepnbError('there is no such backend', found=repr(backend), expected='loky or dask')
+    if scheduler is not None and backend != 'dask':
+        raise SleepnbError('only Dask has a scheduler', found=repr(scheduler), remedy="Add --backend dask, or backend='dask'.")
     check_jobs(jobs)
     out,say = Path(out).expanduser().resolve(), lambda text: tqdm.write(text, file=sys.stderr) if progress else None
     asked = _with_parents(runs)
@@ -254,19 +268,19 @@ def carry_out(
         if not _is_wanting(r, out, redo_stale, False): say(f'its weights are gone, and it is trained again: {r}')
     if not todo: return failed
     how = dict(out=out, retry=retry, redo_stale=redo_stale, progress=progress and jobs == 1 and backend == 'loky',
-               parent=os.getpid() if backend == 'loky' else None)
+               owner=os.getpid() if backend == 'loky' else None)
     with _workers(jobs, backend, scheduler) as each, _bar(asked, progress) as bar:
         bar.update(len(asked) - len(todo))
         for first in (True, False):                                                      # without a parent, then with one
-            for run,why in each(partial(_named, **how), [r for r in todo if (r.parent is None) == first]):
+            for run,why in each(partial(_carry_out_alone, **how), [r for r in todo if (r.parent is None) == first]):
                 bar.update()
                 say(f'{"failed" if why else "done"}: {run}')
                 if why: failed[run.id] = why
                 if why and not (out/run.id/'failed.json').exists(): _note_failed(run, out, why)   # its process was lost
     return failed
 
-def _named(run, parent, **how):
-    if parent: _end_with(parent)
+def _carry_out_alone(run, owner, **how): # the process that this one ends with
+    if owner: _end_with(owner)
     with parallel_config('sequential'): return run, _carry_out(run, **how)    # what a run does stays in its process
 
 # %% ../nbs/620_runs.ipynb #c33eddb2
@@ -331,12 +345,12 @@ def recipe_table(
                                found=len(found), expected=len(row.runs), ids=[f['id'] for f in found]))
     return pd.DataFrame(rows)
 
-# %% ../nbs/620_runs.ipynb #ddf319a4
+# %% ../nbs/620_runs.ipynb #76bb11fd
 def read_stages(
     runs:Iterable[Run],
     using:str='EEG',       # modalities, as a row of a table has them
     out:str|Path='runs',
-)->pd.DataFrame:           # per scored epoch: cohort, subject, night, epoch, stage, pred; empty if no run is done
+)->pd.DataFrame:           # per scored epoch: cohort, subject, night, epoch (counted), stage, pred; empty if none is done
     "What was predicted for the test people; a night that several runs have staged is there once for each split and seed."
     columns,rows = ['cohort', 'subject', 'night', 'epoch', 'stage', 'pred'], []
     for run in runs:
@@ -354,8 +368,8 @@ def compare_runs(
     using:str='EEG',       # modalities, as a row of a table has them
     metric:str='macro_f1',
     out:str|Path='runs',
-)->dict:                   # value, low, high: ours − rival; people; runs: of each, that are done on both sides; verdict: holds,
-                          # does not hold, undecided or not computed
+)->dict:                   # value, low, high: ours − rival; people; runs, done on both sides; verdict: holds, does not hold,
+                          # undecided or not computed
     "Is ours better? It is when the 95 % interval over people lies above zero."
     a,b = (read_stages(r, using, out) for r in (ours, rival))
     keys = ['cohort', 'subject', 'night']
@@ -368,7 +382,7 @@ def compare_runs(
     people,runs = len(both[['cohort', 'subject']].drop_duplicates()), both.night.str.split(' ', n=1).str[1].nunique()
     return dict(value=apart.value, low=apart.low, high=apart.high, people=people, runs=runs, verdict=verdict)
 
-# %% ../nbs/620_runs.ipynb #04b41859
+# %% ../nbs/620_runs.ipynb #7b7f4bf5
 def run_recipe(
     recipe:str,             # a key of `RECIPES`
     scale:str='small',      # a key of `SCALES`
@@ -381,7 +395,7 @@ def run_recipe(
 
     Raises `SleepnbError` as `recipe_table` and `runs_to_do` do, and when a run failed: its table then has what the others
     gave."""
-    runs = runs_of(recipe, scale)
+    runs,out = runs_of(recipe, scale), Path(out).expanduser()
     check_stores(runs_to_do(runs, out, retry, redo_stale), out)
     failed = carry_out(runs, out, retry=retry, redo_stale=redo_stale, **kwargs)
     if failed:

@@ -169,7 +169,7 @@ def test_each_recipe_has_its_page(recipe):
     page, = [p for p in PAGES if f"describe_runs('{recipe}'" in '\n'.join(code(p))]
     text = '\n'.join(c.source for c in read_nb(page).cells if c.cell_type == 'markdown')
     assert '--scale small' in text and re.search(rf'\b{recipe}\b', text)
-    said = describe_runs(recipe, out=RUNS).splitlines()[0].split(' found')[0]
+    said = describe_runs(recipe, out=RUNS).splitlines()[0]                   # also how many are stale
     stored = [''.join(o.get('text', '')) for c in read_nb(page).cells if c.cell_type == 'code' for o in c.outputs]
     assert any(said in o for o in stored), f'runs have changed: python tools/run_nbs.py nbs/{page.name}'
 
@@ -178,7 +178,7 @@ def test_the_front_page_says_what_was_computed():
     summary = results_summary('small', RUNS)
     assert [*rows] == [f'{r.paper}, {r.table}' for r in summary.itertuples()] and [*summary.index] == [*RECIPES] == [*CLAIMS]
     for recipe,row in summary.iterrows():
-        line = f'| {row.claim} | {row.verdicts} | {row.found} of {row.expected} |'
+        line = f'| {row.claim} | {row.verdicts} | {row.found} of {row.expected}{f", {row.stale} stale"*bool(row.stale)} |'
         assert line in readme, 'runs have changed: python tools/run_nbs.py nbs/index.ipynb, then python tools/readme.py'
         page = ROOT/'nbs'/rows[f'{row.paper}, {row.table}']
         assert f"describe_runs('{recipe}'" in '\n'.join(code(page))

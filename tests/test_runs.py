@@ -13,7 +13,8 @@ from sklearn.metrics import f1_score
 
 import sleepnb
 from sleepnb.core import SleepnbError, WeightsError
-from sleepnb.recipes import RECIPES, SCALES, Run, runs_of, table_rows
+from sleepnb.data.store import EpochStore
+from sleepnb.recipes import DATASETS, RECIPES, SCALES, Run, runs_of, table_rows
 from sleepnb.results import describe_runs, results_table
 from sleepnb.runs import (_begin, _workers, carry_out, compare_runs, estimate_hours, is_done, read_result, read_stages, recipe_status,
                           recipe_table, run_recipe, runs_to_do)
@@ -54,19 +55,22 @@ def test_every_printed_row_has_a_place(recipe):
         for row in table_rows(recipe, scale).itertuples():
             assert bool(row.runs) == (row.model in ('MTSSRL-MD', 'from scratch', 'SleepSMC', 'FeatureNet'))
             for run in row.runs:
+                names = [o['name'] for o in run.config['data']]
+                assert names == [DATASETS[RECIPES[recipe][0]][row.dataset][0 if scale == 'paper' else 1] + '-simulated'*(scale == 'small')]
                 if 'labels=' in row.setting: assert f'labels={run.config["labels"]:.0%}' in row.setting
                 if run.task == 'sleepsmc' and '+' in row.modality: assert run.config['primary'] == 'all'
                 if run.task == 'sleepsmc' and '+' not in row.modality: assert run.config['primary'] in (row.modality, 'any')
                 if run.parent: assert run.parent.config['seed'] == run.config['seed'] and run.parent.config['split'] == run.config['split']
 
 def test_from_scratch_differs_in_what_it_begins_with():
-    "It learns from the same labels of the same people, with the same rates and as many passes."
+    "It learns from the same labels of the same people, with the same rates and as many passes, and ends no earlier."
     for recipe in ('mtssrl-table1', 'mtssrl-table2', 'mtssrl-table3'):
         rows = table_rows(recipe).query('model in ["MTSSRL-MD", "from scratch"]').set_index(['dataset', 'model']).runs.str[0].unstack()
         for tuned,scratch in zip(rows['MTSSRL-MD'], rows['from scratch']):
             same = dict(scratch.config)
             assert same.pop('drop') == tuned.parent.config['drop'] and not scratch.parent
-            assert same | dict(unfreeze=tuned.config['unfreeze']) == tuned.config
+            unfreeze,patience = tuned.config['unfreeze'], tuned.config['patience']       # which counts once all is free
+            assert same == {k: v for k,v in tuned.config.items() if k != 'unfreeze'} | dict(patience=patience + max(unfreeze))
 
 def test_ablations_differ_in_what_they_ablate():
     "A row of each kind against the whole system, by hand."
@@ -264,11 +268,13 @@ def test_what_cannot_be_redone_stays(out, tmp_path, monkeypatch):
     before,after = runs_of('mtssrl-table6', 'smoke')
     make_stale(before, copy)
     results = [(copy/r.id/'result.json').read_bytes() for r in (before, after)]
-    def fail(*args): raise ValueError('no')
+    tried = []
+    def fail(*args): raise ValueError(tried.append(args))
     monkeypatch.setitem(TASKS, 'pretrain', fail)
     assert [*carry_out([after], copy, redo_stale=True, progress=False)] == [before.id, after.id]
     assert [(copy/r.id/'result.json').read_bytes() for r in (before, after)] == results
-    assert [*carry_out([after], copy, redo_stale=True, progress=False)] == [before.id, after.id]  # without a second try
+    assert [*carry_out([after], copy, redo_stale=True, progress=False)] == [before.id, after.id]
+    assert len(tried) == 1                                            # a second time only when that is asked for
 
 def test_a_claim_is_a_difference_over_people(tmp_path):
     "Two runs made by hand: one is right always, the other in nine of ten epochs."
@@ -315,6 +321,7 @@ def test_jobs_and_schedulers_that_there_are_not(tmp_path):
     import dask, distributed
     for jobs in (0, -2):
         with pytest.raises(SleepnbError, match=f'jobs is a number of processes .*found {jobs}'): carry_out([tiny(0)], tmp_path, jobs=jobs)
+    with pytest.raises(SleepnbError, match='Add --backend dask'): carry_out([tiny(0)], tmp_path, scheduler='tcp://localhost:1')
     where = dict(backend='dask', scheduler='tcp://localhost:1', progress=False)
     with dask.config.set({'distributed.comm.timeouts.connect': '1s'}), \
             pytest.raises(SleepnbError, match='tcp://localhost:1: no scheduler of Dask answers'): carry_out([tiny(0)], tmp_path, **where)
@@ -404,6 +411,32 @@ def test_a_process_that_is_lost_is_told(tmp_path):
     assert not left and parent.returncode not in (0, 130) and 'Traceback' not in told, told
     assert 'a process was lost' in told and 'use fewer jobs' in told, told
 
+def test_a_cohort_that_lacks_somebody_makes_no_result(tmp_path, monkeypatch):
+    "One night of five cannot be prepared, as for want of memory; tried again, it can."
+    import sleepnb.trainings as trainings
+    whole = trainings._simulated
+    def four(row, *args, **kwargs):
+        if row['subject'] == '03': raise MemoryError('no')
+        return whole(row, *args, **kwargs)
+    run = tiny(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(trainings, '_simulated', four)
+        why, = carry_out([run], tmp_path, progress=False).values()
+        assert 'not whole' in why and 'found 4 nights' in why and not is_done(run, tmp_path)
+    assert not carry_out([run], tmp_path, retry=True, progress=False)
+    tested = {(n['cohort'], n['subject']) for n in read_result(run, tmp_path)['nights']}
+    assert tested == {*trainings.split_of(run.config, EpochStore(*tmp_path.glob('stores/S-*/')).nights).test}
+
+def test_a_result_in_the_folder_of_another_run_is_refused(out, tmp_path):
+    before,after = runs_of('mtssrl-table6', 'smoke')
+    shutil.copytree(out/before.id, tmp_path/after.id)
+    with pytest.raises(SleepnbError, match='the result of another run'): recipe_status('mtssrl-table6', 'smoke', tmp_path)
+
+def test_home_is_understood(out, monkeypatch):
+    monkeypatch.setenv('HOME', str(out.parent))
+    table = run_recipe('mtssrl-table6', 'smoke', f'~/{out.name}', progress=False)
+    assert table.found.sum() > 0 and table.equals(recipe_table('mtssrl-table6', 'smoke', f'~/{out.name}'))
+
 def test_a_cluster_that_loses_a_worker(tmp_path):
     "Two Dask workers; the one that holds a run is killed. Every run finishes, and those that were finished are not touched."
     import distributed
@@ -474,6 +507,16 @@ def test_the_shell_computes_nothing_twice(tmp_path):
     states = json.loads(subprocess.run(['sleepnb', 'runs', 'mtssrl-table4', '--scale', 'smoke', '--out', str(tmp_path), '--json'],
                                        capture_output=True, text=True, check=True).stdout)['mtssrl-table4']
     assert (states['expected'], states['done'], states['missing']) == (20, 20, 0)
+
+def test_the_shell_shows_what_there_is_when_a_run_failed(out, tmp_path):
+    copy = shutil.copytree(out, tmp_path/'copy')
+    before,after = runs_of('mtssrl-table6', 'smoke')
+    shutil.rmtree(copy/after.id)
+    (copy/after.id).mkdir()
+    (copy/after.id/'failed.json').write_text(json.dumps(dict(why='ValueError: no')))
+    shown = subprocess.run(['sleepnb', 'run', 'mtssrl-table6', '--scale', 'smoke', '--out', copy], capture_output=True, text=True)
+    assert shown.returncode == 1 and '1 of 2 runs found, 1 failed' in shown.stdout and 'Traceback' not in shown.stderr
+    assert '1 of 2 runs failed: ValueError: no' in shown.stderr and '--retry' in shown.stderr
 
 def test_a_training_for_any_modality_is_tested_with_each(tmp_path):
     "FeatureNet's one training has the three tests of SleepSMC's Table 2."
