@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'VERDICTS', 'describe_runs', 'results_table', 'Claim', 'results_claims', 'count_verdicts', 'show_claims',
            'plot_claims', 'plot_results', 'results_summary']
 
-# %% ../nbs/625_results.ipynb #5124b17a
+# %% ../nbs/625_results.ipynb #db8f9a61
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .core import SleepnbError
-from .recipes import METRICS, UNITS, check_recipe, read_settings, recipe_numbers, table_rows
+from .recipes import METRICS, SIZES, UNITS, check_recipe, read_settings, recipe_numbers, table_rows
 from .runs import compare_runs, recipe_status, recipe_table
 
 # %% ../nbs/625_results.ipynb #f35de3e9
@@ -93,7 +93,7 @@ def results_table(
     wide = table.set_index([*differ, 'system', 'metric']).cell.unstack(sort=False)
     return wide[metrics or [*wide]].rename_axis(columns=None)
 
-# %% ../nbs/625_results.ipynb #afba2ce7
+# %% ../nbs/625_results.ipynb #41732772
 @dataclass(frozen=True)
 class Claim:
     "What a paper says about a table."
@@ -109,7 +109,7 @@ _FEW = [('MTSSRL-MD > best pretrained on one cohort', _WHOLE, _ONE), ('MTSSRL-MD
 _OTHERS = ['FeatureNet', 'DeepSleepNet', 'AttnSleep', 'DAN', 'BSTT', 'XSleepNet', 'SleepPrintNet', 'MMASleepNet', 'SimCLR',
            'DrFuse', 'MERL']
 
-_SIZES = [f'{d} × {v}' for d in (32, 72, 128) for v in (8, 16, 32) if (d, v) != (72, 16)]
+_OTHER_SIZES = [f'{d} × {v}' for d,v in SIZES if (d, v) != (72, 16)]
 
 def _by_one(dataset): return Claim(f'On {dataset}, SleepSMC stages better with one modality than each rival',
                                    _better('SleepSMC', *_OTHERS))
@@ -127,7 +127,7 @@ CLAIMS = { # key of `RECIPES` → claim
     'mtssrl-table6': Claim('On Sleep-EDF-20 with 10 % of the labels, it is better than each rival',
                            _better(_WHOLE, 'RP (S)', 'TS (S)', 'CPC (S)', 'SeqCLR (S+I+A)')),
     'mtssrl-figure4': Claim('Channel alignment with 72 dimensions and 16 virtual channels is better than with more or fewer',
-                            _better('72 × 16', *_SIZES)),
+                            _better('72 × 16', *_OTHER_SIZES)),
     'sleepsmc-table1': Claim('With all modalities, SleepSMC stages better than each rival', _better('SleepSMC', *_OTHERS)),
     'sleepsmc-table2': _by_one('ISRUC-S3'),
     'sleepsmc-table3': Claim('The contrast between modalities (C) gains, and so does uncertainty (U)',
@@ -260,7 +260,7 @@ def plot_results(
         ax.set_title(f'{_title(where) or dataset}\nours: {data.get(dataset, "not built")}', fontsize='medium')
     return axes
 
-# %% ../nbs/625_results.ipynb #149e731c
+# %% ../nbs/625_results.ipynb #0ffca6f3
 def results_summary(
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',  # where runs are
@@ -270,7 +270,7 @@ def results_summary(
     for recipe,claim in CLAIMS.items():
         paper,table,*_ = check_recipe(recipe, scale)
         shown = {run.id for runs in table_rows(recipe, scale).runs for run in runs}
-        state = recipe_status(recipe, scale, out).state[[*shown]] if shown else pd.Series(dtype=str)
+        state = recipe_status(recipe, scale, out).state[[*shown]]
         rows[recipe] = dict(paper=paper, table=table if ' ' in table else f'Table {table}', claim=claim.text,
                             verdicts=count_verdicts(results_claims(recipe, scale, out)),
                             found=state.isin(['done', 'stale']).sum(), stale=(state == 'stale').sum(), expected=len(shown))

@@ -1,5 +1,5 @@
 """Pages, modules, README and navigation agree with each other and keep the house rules."""
-import ast, filecmp, importlib.util, json, os, re, shutil, subprocess, sys
+import ast, filecmp, importlib.util, json, re, shutil, subprocess, sys
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -71,23 +71,10 @@ def test_every_module_has_one_page():
     modules = [m for page in PAGES if (m := exported(page))]
     assert len(set(modules)) == len(modules), 'two pages have the same #| default_exp'
 
-ALONE = """
-import importlib, os, sys
-for module in sys.argv[1:]: importlib.import_module(module)
-for loaded in [m for m in sys.modules if m.split('.')[0] == 'sleepnb']: del sys.modules[loaded]
-for module in sys.argv[1:]:
-    if child := os.fork():
-        if os.waitpid(child, 0)[1]: sys.exit(f'import {module} fails: does a cell of imports lack #| exports?')
-    else:
-        importlib.import_module(module)
-        os._exit(0)
-"""
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes cannot fork here')
-def test_every_module_imports_by_itself():
-    "Each in a process that has loaded libraries only."
-    run = subprocess.run([sys.executable, '-c', ALONE, 'sleepnb', *NUMBERS], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+@pytest.mark.parametrize('module', ['sleepnb', *NUMBERS])
+def test_every_module_imports_by_itself(module):
+    run = subprocess.run([sys.executable, '-c', f'import {module}'], capture_output=True, text=True)
+    assert run.returncode == 0, f'{run.stderr}\ndoes a cell of imports lack #| exports?'
 
 @pytest.mark.parametrize('page', [p for p in PAGES if page_number(p) is not None], ids=lambda p: p.name)
 def test_pages_have_their_parts(page):

@@ -90,11 +90,11 @@ def assert_whole(store, undisturbed):
             name = path.relative_to(store).as_posix()
             assert hashlib.sha256(path.read_bytes()).hexdigest() == undisturbed[name], f'{path} is not whole'
 
-def test_killed_at_twelve_moments(tmp_path, undisturbed):
+def test_killed_at_thirty_moments(tmp_path, undisturbed):
     "Each time the process is killed while it writes, at a random moment; what is resumed equals what was never disturbed."
     random.seed(0)
     kills = 0
-    while kills < 12:
+    while kills < 30:
         store = tmp_path/f'store-{kills}'
         for _ in range(3):                                          # up to three kills of one store
             process = start(store)
