@@ -6,7 +6,7 @@
     python tools/mtssrl.py --work DIR real                  the same on the real night in the folder that SLEEPNB_DATA names
     python tools/mtssrl.py --work DIR triplets              whether temporal shuffling can be learned, from real band powers
     python tools/mtssrl.py --work DIR alignment --runs RUNS  what virtual channels take from sensors, by `sleepnb run mtssrl-table1`
-    python tools/mtssrl.py --work DIR unfrozen --runs RUNS   fine-tuning of `sleepnb run mtssrl-table1` with nothing frozen
+    python tools/mtssrl.py --work DIR unfrozen --runs RUNS   fine-tuning of `sleepnb run mtssrl-table1`, free from its first pass
     python tools/mtssrl.py --work DIR tables                 writes the files
 
 Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
@@ -252,8 +252,10 @@ def alignment(work, runs):
     pd.concat(rows).assign(run=run.id).round(4).to_csv(OUT/'mtssrl_alignment.csv', index=False)
 
 def unfrozen(runs):
+    "Ends no earlier than what is frozen at first."
     tuned = [r for r in runs_of('mtssrl-table1') if r.task == 'finetune']
-    carry_out([Run('finetune', r.config | dict(unfreeze=[0, 0, 0]), r.parent) for r in tuned], runs, jobs=2, redo_stale=True)
+    free = [r.config | dict(unfreeze=[0, 0, 0], patience=r.config['patience'] + max(r.config['unfreeze'])) for r in tuned]
+    carry_out([Run('finetune', config, r.parent) for r,config in zip(tuned, free)], runs, jobs=2, redo_stale=True)
 
 def merged(rows, file, keys):
     "Adds rows to a file of an earlier computation; those of the same keys are replaced."
