@@ -6,19 +6,20 @@
 __all__ = ['SCALES', 'DATASETS', 'RECIPES', 'METRICS', 'UNITS', 'SIZES', 'Run', 'Scale', 'read_settings', 'printed_tables',
            'check_recipe', 'recipe_numbers', 'table_rows', 'runs_of']
 
-# %% ../nbs/615_recipes.ipynb #9e7d7b3a
+# %% ../nbs/615_recipes.ipynb #7510d853
 import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from itertools import product
 
 import pandas as pd
 
 from .core import SleepnbError
 
-# %% ../nbs/615_recipes.ipynb #df0f48dc
+# %% ../nbs/615_recipes.ipynb #36e14f2a
 @dataclass(frozen=True)
 class Run:
     "All that decides a result."
@@ -47,6 +48,7 @@ class Run:
         if 'primary' in c:
             said += [c['primary'], 'C + U' if c['uncertainty'] else 'C' if c['contrast'] else 'FeatureNet']
             if c['score'] == 'negative': said += ['−r']
+            if c['weight_mode'] != 'scale_after_norm': said += [f'weight_mode {c["weight_mode"]}']
         if 'tasks' in c: said += ['+'.join(c['tasks']), c['weighting']]
         if 'cam' in c: said += [f'{c["cam"]["n_dims"]} × {c["cam"]["n_virtual"]}']
         if 'labels' in c: said += [f'{c["labels"]:.0%} of the labels']
@@ -139,9 +141,10 @@ def _mtssrl(row, scale)->list[Run]:
     data = [_cohort('MTSSRL-MD', _LETTERS[o], scale) for o in letters]
     return [Run('finetune', dict(tune, **o), Run('pretrain', dict(data=data, **o, **how, **scale.pretrain))) for o in of]
 
-# %% ../nbs/615_recipes.ipynb #f044d564
+# %% ../nbs/615_recipes.ipynb #933a202b
 _ABLATIONS = {('no', 'no'): dict(uncertainty=False, contrast=False), ('no', 'yes'): dict(uncertainty=False, contrast=True),
               ('yes', 'yes'): dict(uncertainty=True, contrast=True)}
+_ACT = {'features': 'scale_after_norm', 'the loss': 'loss', 'pairs': 'pair'} # on what weights act → `weight_mode`
 
 def _sleepsmc(row, scale)->list[Run]:
     said = read_settings(row.setting)
@@ -150,16 +153,17 @@ def _sleepsmc(row, scale)->list[Run]:
     how = _ABLATIONS[which]
     primary = 'all' if '+' in row.modality else row.modality if how['uncertainty'] else 'any'
     config = dict(data=[_cohort('SleepSMC', row.dataset, scale)], modalities=['EEG', 'EOG', 'EMG'], primary=primary, **how,
-                  score='negative' if said.get('weight') == '-r' else 'exp', weight_mode='scale_after_norm',
+                  score='negative' if said.get('weight') == '-r' else 'exp', weight_mode=_ACT[said.get('act', 'features')],
                   channel_mode='joint', hide=0., lr=1e-3, **scale.sleepsmc)
     return [Run('sleepsmc', config | dict(split=dict(kind='folds', k=5, fold=fold, seed=0), seed=seed))
             for fold in scale.folds for seed in scale.seeds]
 
-# %% ../nbs/615_recipes.ipynb #c44b2b18
+# %% ../nbs/615_recipes.ipynb #b53633c6
 # name → paper, table, runs of a row
 RECIPES = {f'mtssrl-table{n}': ('MTSSRL-MD', str(n), _mtssrl) for n in range(1, 7)} \
         | {'mtssrl-figure4': ('MTSSRL-MD', 'Figure 4', _mtssrl)} \
-        | {f'sleepsmc-table{n}': ('SleepSMC', str(n), _sleepsmc) for n in (1, 2, 3, 5, 6, 7, 8)}
+        | {f'sleepsmc-table{n}': ('SleepSMC', str(n), _sleepsmc) for n in (1, 2, 3, 5, 6, 7, 8)} \
+        | {'sleepsmc-equation8': ('SleepSMC', 'Equation 8', _sleepsmc)}
 
 METRICS = dict(BACC='balanced_accuracy', MF1='macro_f1', kappa='kappa', AUC='auroc', Accuracy='accuracy', MacroF1='macro_f1',
                Kappa='kappa', F1_W='f1_W', F1_Wake='f1_W', F1_N1='f1_N1', F1_N2='f1_N2', F1_N3='f1_N3',
@@ -179,12 +183,15 @@ def printed_tables()->pd.DataFrame: # columns paper, table, dataset, setting, mo
 SIZES = [(d, v) for d in (32, 72, 128) for v in (8, 16, 32)] # of channel alignment, in Figure 4: dimensions, virtual channels
 _UNPRINTED = {('MTSSRL-MD', table): [(_SCRATCH, f'labels={n}%')] for table,n in (('1', 5), ('2', 10), ('3', 100))} \
            | {('MTSSRL-MD', 'Figure 4'): [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;n_dims={d};n_virtual={v}')
-                                         for d,v in SIZES]}                      # model and setting
+                                         for d,v in SIZES]} \
+           | {('SleepSMC', 'Equation 8'): [('SleepSMC', 'U=no;C=yes')] + [('SleepSMC', f'U=yes;C=yes;act={a}') for a in _ACT]}
+                                                                                 # model and setting
+_THERE = {'MTSSRL-MD': ([*DATASETS['MTSSRL-MD']], ['EEG'], ['BACC', 'MF1', 'kappa']),
+          'SleepSMC': (['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG'], ['Accuracy', 'MacroF1', 'Kappa'])}
 
 def _unprinted(paper, table)->pd.DataFrame: # as of `printed_tables`
-    rows = [dict(paper=paper, table=table, dataset=dataset, setting=setting, model=model, modality='EEG', metric=metric)
-            for model,setting in _UNPRINTED.get((paper, table), ()) for dataset in DATASETS[paper]
-            for metric in ('BACC', 'MF1', 'kappa')]
+    rows = [dict(paper=paper, table=table, dataset=dataset, setting=setting, model=model, modality=modality, metric=metric)
+            for (model,setting),dataset,modality,metric in product(_UNPRINTED.get((paper, table), ()), *_THERE[paper])]
     return pd.DataFrame(rows, columns=_printed().columns).astype(dict(mean=float, std=float))
 
 def check_recipe(
@@ -200,7 +207,7 @@ def recipe_numbers(
     recipe:str,         # a key of `RECIPES`
     scale:str='small',  # a key of `SCALES`
 )->pd.DataFrame:        # as of `printed_tables`; without a printed number, NaN
-    """What is printed in a table or shown in a figure, and from scratch what a table does not have.
+    """What is printed in a table, and rows that are not: from scratch, of a figure, of an equation.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     paper,table,*_ = check_recipe(recipe, scale)

@@ -252,10 +252,11 @@ def alignment(work, runs):
     pd.concat(rows).assign(run=run.id).round(4).to_csv(OUT/'mtssrl_alignment.csv', index=False)
 
 def unfrozen(runs):
-    "Ends no earlier than what is frozen at first."
+    "Once all but the alignment of channels is free from the first pass, and once all is. Ends no earlier than what is frozen."
     tuned = [r for r in runs_of('mtssrl-table1') if r.task == 'finetune']
-    free = [r.config | dict(unfreeze=[0, 0, 0], patience=r.config['patience'] + max(r.config['unfreeze'])) for r in tuned]
-    carry_out([Run('finetune', config, r.parent) for r,config in zip(tuned, free)], runs, jobs=2, redo_stale=True)
+    free = [Run('finetune', r.config | dict(unfreeze=[0]*k, patience=r.config['patience'] + max(r.config['unfreeze'])), r.parent)
+            for r in tuned for k in (3, 4)]
+    carry_out(free, runs, jobs=2, redo_stale=True)
 
 def merged(rows, file, keys):
     "Adds rows to a file of an earlier computation; those of the same keys are replaced."
