@@ -10,6 +10,7 @@ from fastcore.xtras import working_directory
 
 from sleepnb.recipes import METRICS, RECIPES, runs_of, table_rows
 from sleepnb.results import CLAIMS, describe_runs, plot_claims, plot_results, results_claims, results_summary, results_table, show_claims
+from sleepnb.trainings import code_checksum
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT/'nbs'/'artifacts'/'runs'
@@ -133,6 +134,19 @@ def test_a_pretraining_is_no_row(tmp_path):
     assert said.startswith('mtssrl-table6, scale small: 1 of 2 runs found, 1 of them made by earlier code, 0 of 1 rows complete')
     assert [*results_summary('small', tmp_path).loc['mtssrl-table6', ['found', 'expected']]] == [0, 1]
 
+def test_a_claim_with_a_run_of_earlier_code_says_so(tmp_path):
+    "Even if only one of the two is."
+    fine,scratch = (next(r for r in runs_of('mtssrl-table1') if r.task == t) for t in ('finetune', 'scratch'))
+    for run in (fine, scratch): make_up(run, tmp_path)
+    path = tmp_path/scratch.id/'result.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(made=dict(code=code_checksum('scratch')))))
+    claims = results_claims('mtssrl-table1', out=tmp_path).dropna(subset=['value'])
+    assert claims.stale.tolist() == [True] and show_claims(claims).verdict.tolist() == ['holds (stale)']
+    path = tmp_path/fine.id/'result.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(made=dict(code=code_checksum('finetune')))))
+    claims = results_claims('mtssrl-table1', out=tmp_path).dropna(subset=['value'])
+    assert claims.stale.tolist() == [False] and show_claims(claims).verdict.tolist() == ['holds']
+
 def test_numbers_that_mean_nothing_say_so(tmp_path):
     assert 'The numbers mean nothing' in describe_runs('mtssrl-table6', 'smoke', tmp_path)
     assert 'The numbers mean nothing' not in describe_runs('mtssrl-table6', 'small', tmp_path)
@@ -178,9 +192,12 @@ def test_the_front_page_says_what_was_computed():
     summary = results_summary('small', RUNS)
     assert [*rows] == [f'{r.paper}, {r.table}' for r in summary.itertuples()] and [*summary.index] == [*RECIPES] == [*CLAIMS]
     for recipe,row in summary.iterrows():
-        line = f'| {row.claim} | {row.verdicts} | {row.found} of {row.expected}{f", {row.stale} stale"*bool(row.stale)} |'
+        said = '; '.join(o for o in (row.verdicts, f'besides: {row.besides}'*bool(row.besides)) if o)
+        line = f'| {row.claim} | {said} | {row.found} of {row.expected}{f", {row.stale} stale"*bool(row.stale)} |'
         assert line in readme, 'runs have changed: python tools/run_nbs.py nbs/index.ipynb, then python tools/readme.py'
         page = ROOT/'nbs'/rows[f'{row.paper}, {row.table}']
         assert f"describe_runs('{recipe}'" in '\n'.join(code(page))
-        counts = results_claims(recipe, 'small', RUNS).verdict.value_counts()
-        assert row.verdicts.count(',') == len(counts) - 1 and all(f'{n} ' in row.verdicts for n in counts)
+        for besides,told in ((False, row.verdicts), (True, row.besides)):
+            counts = results_claims(recipe, 'small', RUNS).query('besides == @besides').verdict.value_counts()
+            assert len(told.split(', ')) == max(len(counts), 1) and sum(map(int, re.findall(r'\d+', told))) == counts.sum()
+            assert all(f'{n} ' in told for n in counts)
