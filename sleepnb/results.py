@@ -201,7 +201,7 @@ def show_claims(
     verdict = table.verdict.where(~table.stale | table.value.isna(), table.verdict + ' (stale)')
     return table[best].join(numbers).assign(**rests, verdict=verdict)
 
-# %% ../nbs/625_results.ipynb #dc5a0e95
+# %% ../nbs/625_results.ipynb #e856e121
 def _panels(n, height, **kwargs): # n axes, four in a row at most
     columns = min(n, 4 if n != 6 else 3)
     rows = -(-n // columns)
@@ -233,9 +233,10 @@ def plot_claims(
         ax.plot(part.printed, y, 'o', mfc='none', color='#888888', ms=5)
         ax.errorbar(part.value, y, xerr=[part.value - part.low, part.high - part.value], fmt='o', color='k', ms=4, lw=1)
         ax.axvline(0, color='grey', lw=.8)
-        ax.set(yticks=range(len(places)), ylim=(-.5, len(places) - .5), xlabel=f'difference in {unit}')
+        ax.set(yticks=range(len(places)), ylim=(-.5, len(places) - .5))
         ax.set_yticklabels(map(_title, places))
         ax.set_title(title, fontsize='medium')
+    axes[0].figure.supxlabel(f'difference in {unit}', fontsize='medium')         # once: four are wider than a page
     return axes
 
 # %% ../nbs/625_results.ipynb #8e2e1e2f
