@@ -121,7 +121,7 @@ def saved_split(
                            found=f'a file of the kind {described["kind"]}')
     return Split(**{f.name: split[f.name] for f in fields(Split)})
 
-# %% ../nbs/530_learner.ipynb #b3d513a2
+# %% ../nbs/530_learner.ipynb #ef0e3673
 def _by_part(network:nn.Module)->list: # parameter groups, from the signal to the stage
     return [[p for module in part for p in module.parameters()] for part in network.parts.values()]
 
@@ -165,7 +165,7 @@ def finetune_learner(
     pretrained:str|Path|Learner|Backbone, # weights file or learner, of which the backbone is taken; or a bare backbone
     lr:float=1e-4,
     wd:float=1e-2,
-    unfreeze:tuple[int, ...]=(10, 20, 30), # passes, from 0, that free attention, short and long filters; a fourth frees CAM
+    unfreeze:tuple[int, ...]=(10, 20, 30), # passes, from 0, that free attention, short, long filters, and a fourth CAM
     patience:int|None=20,             # passes without improvement after the last of `unfreeze`; `None` never ends
     heads_of:dict[str, str]|None=None,# cohort → a pretrained one whose CAM it gets, as `move_to` takes it
     seed:int=0,                       # of the classifier, order and dropout

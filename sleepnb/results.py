@@ -6,7 +6,7 @@
 __all__ = ['CLAIMS', 'VERDICTS', 'describe_runs', 'results_table', 'Claim', 'results_claims', 'count_verdicts', 'show_claims',
            'plot_claims', 'plot_results', 'results_summary']
 
-# %% ../nbs/625_results.ipynb #db8f9a61
+# %% ../nbs/625_results.ipynb #360b8c4f
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +15,18 @@ import numpy as np
 import pandas as pd
 
 from .core import SleepnbError
-from .recipes import METRICS, SIZES, UNITS, check_recipe, read_settings, recipe_numbers, table_rows
+from .recipes import ACTING, FREE, METRICS, SIZES, UNITS, check_recipe, read_settings, recipe_numbers, table_rows
 from .runs import compare_runs, recipe_status, recipe_table
 
-# %% ../nbs/625_results.ipynb #4fe7c5a9
+# %% ../nbs/625_results.ipynb #adbe5cee
 _WHERE = ['dataset', 'labels', 'modality']
 _ABLATED = {('no', 'no'): 'FeatureNet', ('no', 'yes'): '+ C', ('yes', 'yes'): '+ C + U'}
 
 def _system(row)->str: # as figures and claims call it
     said = read_settings(row.setting)
     if 'tasks' in said: return said['tasks'].removeprefix('AUG+TS+FBM ').removesuffix(' (1:1:1)')
-    if 'act' in said: return f'weights on {said["act"]}'
+    if 'mode' in said: return f'weights on {ACTING[said["mode"]]}'
+    if 'free' in said: return FREE[int(said['free'])]
     if 'U' in said: return _ABLATED[said['U'], said['C']]
     if 'weight' in said: return f'weights by {said["weight"].replace("-", "−")}'
     if 'n_dims' in said: return f'{said["n_dims"]} × {said["n_virtual"]}'
@@ -94,24 +95,23 @@ def results_table(
     wide = table.set_index([*differ, 'system', 'metric']).cell.unstack(sort=False)
     return wide[metrics or [*wide]].rename_axis(columns=None)
 
-# %% ../nbs/625_results.ipynb #4ee53d5f
+# %% ../nbs/625_results.ipynb #4c72ef68
 @dataclass(frozen=True)
 class Claim:
-    "What a paper says about a table."
+    "What a paper says about a table, and what is asked besides."
     text:str           # for readers
     pairs:list[tuple]  # name, the system said to be better, its rivals, of which the best in print counts
-    besides:tuple=()   # the same, of what sleepnb asks
+    besides:list[tuple]=() # the same, of what sleepnb asks
 
 def _better(ours, *rivals): return [(f'{ours} > {rival}', ours, [rival]) for rival in rivals]
 
 _WHOLE = 'MTSSRL-MD (S+I+A)'
 _ONE = [f'{model} ({letter})' for model in ('RP', 'TS', 'CPC') for letter in 'SIA']
 _FEW = [('MTSSRL-MD > best pretrained on one cohort', _WHOLE, _ONE), ('MTSSRL-MD > SeqCLR', _WHOLE, ['SeqCLR (S+I+A)'])]
-_SCRATCH = (('MTSSRL-MD > from scratch', _WHOLE, ['from scratch']),)            # which is not printed
+_ADDED = [('MTSSRL-MD > from scratch', _WHOLE, ['from scratch'])]               # which is not printed
 _OTHERS = ['FeatureNet', 'DeepSleepNet', 'AttnSleep', 'DAN', 'BSTT', 'XSleepNet', 'SleepPrintNet', 'MMASleepNet', 'SimCLR',
            'DrFuse', 'MERL']
 
-_ACTING = ['weights on features', 'weights on the loss', 'weights on pairs']
 _OTHER_SIZES = [f'{d} × {v}' for d,v in SIZES if (d, v) != (72, 16)]
 
 def _by_one(dataset): return Claim(f'On {dataset}, SleepSMC stages better with one modality than each rival',
@@ -119,10 +119,10 @@ def _by_one(dataset): return Claim(f'On {dataset}, SleepSMC stages better with o
 
 CLAIMS = { # key of `RECIPES` → claim
     'mtssrl-table1': Claim('With 5 % of the labels, pretraining on three cohorts is better than the best method pretrained on '
-                           'one, and than SeqCLR; besides: than from scratch', _FEW, _SCRATCH),
-    'mtssrl-table2': Claim('The same with 10 % of the labels', _FEW, _SCRATCH),
-    'mtssrl-table3': Claim('With all labels, it is better than supervised networks, but for one on ISRUC-S1; besides: than '
-                           'from scratch', _better(_WHOLE, 'DeepSleepNet', 'U-Sleep', 'ATCNet'), _SCRATCH),
+                           'one, and than SeqCLR', _FEW, _ADDED),
+    'mtssrl-table2': Claim('The same with 10 % of the labels', _FEW, _ADDED),
+    'mtssrl-table3': Claim('With all labels, it is better than supervised networks',
+                           _better(_WHOLE, 'DeepSleepNet', 'U-Sleep', 'ATCNet'), _ADDED),
     'mtssrl-table4': Claim('Weighting three tasks by uncertainty is better than equal weights, and than each task alone',
                            _better('uncertainty', 'equal', 'AUG only', 'TS only', 'FBM only')),
     'mtssrl-table5': Claim('Pretraining on three cohorts is better than on the one that is staged',
@@ -131,6 +131,9 @@ CLAIMS = { # key of `RECIPES` → claim
                            _better(_WHOLE, 'RP (S)', 'TS (S)', 'CPC (S)', 'SeqCLR (S+I+A)')),
     'mtssrl-figure4': Claim('Channel alignment with 72 dimensions and 16 virtual channels is better than with more or fewer',
                             _better('72 × 16', *_OTHER_SIZES)),
+    'mtssrl-freezing': Claim('Is fine-tuning with 5 % of the labels better with layers free that are frozen at first, or always?',
+                             [], [(f'{free} > {than}', free, [rival]) for free in FREE.values()
+                                  for than,rival in (('frozen', _WHOLE), ('from scratch', 'from scratch'))]),
     'sleepsmc-table1': Claim('With all modalities, SleepSMC stages better than each rival', _better('SleepSMC', *_OTHERS)),
     'sleepsmc-table2': _by_one('ISRUC-S3'),
     'sleepsmc-table3': Claim('The contrast between modalities (C) gains, and so does uncertainty (U)',
@@ -138,10 +141,10 @@ CLAIMS = { # key of `RECIPES` → claim
     'sleepsmc-table5': _by_one('MASS-SS3'), 'sleepsmc-table6': _by_one('Sleep-EDF-78'), 'sleepsmc-table7': _by_one('ISRUC-S1'),
     'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r',
                              _better('weights by exp(−r)', 'weights by −r')),
-    'sleepsmc-equation8': Claim('Does uncertainty gain over contrast alone, whatever its weights act on?', [],
-                                [(f'{weights} > + C', weights, ['+ C']) for weights in _ACTING])}
+    'sleepsmc-equation8': Claim('Does uncertainty gain over contrast alone where its weights act on something else?', [],
+                                [(f'weights on {o} > + C', f'weights on {o}', ['+ C']) for o in list(ACTING.values())[1:]])}
 
-# %% ../nbs/625_results.ipynb #80b95e91
+# %% ../nbs/625_results.ipynb #7a8375b8
 VERDICTS = ('holds', 'does not hold', 'undecided', 'not computed', 'not built')
 _MAIN = {'MTSSRL-MD': 'MF1', 'SleepSMC': 'Kappa'}                               # what claims are about, as printed
 
@@ -151,7 +154,8 @@ def results_claims(
     out:str|Path='runs',   # where runs are
     metric:str|None=None,  # as printed; by default macro-F1 in MTSSRL-MD's tables and κ in SleepSMC's
 )->pd.DataFrame:           # columns paper, metric, claim, besides, dataset, labels, modality, rival, printed: a difference;
-                           # value, low, high, people, runs, expected, verdict: one of `VERDICTS`; stale
+                           # value, low, high, people, runs, expected, verdict: one of `VERDICTS`; stale: was a run of either
+                           # system made by earlier code?
     """The claims of a table, each tested wherever the table has both systems.
 
     Raises `SleepnbError` for a recipe, a scale or a metric that there is not."""
@@ -161,7 +165,8 @@ def results_claims(
     rows,numbers = _named(table_rows(recipe, scale)), _named(recipe_numbers(recipe, scale).query('metric == @metric'))
     rows = rows.merge(numbers[[*_WHERE, 'system', 'mean']])
     state,tested,claim = recipe_status(recipe, scale, out).state, [], CLAIMS[recipe]
-    for name,better,rivals in [*claim.pairs, *claim.besides]:
+    pairs = [(*o, False) for o in claim.pairs] + [(*o, True) for o in claim.besides]
+    for name,better,rivals,besides in pairs:
         for at,there in rows.groupby(_WHERE, sort=False):
             where,there = dict(zip(_WHERE, at)), there.set_index('system')
             among = there.index.intersection(rivals)
@@ -172,9 +177,9 @@ def results_claims(
             found = compare_runs(ours, others, where['modality'], METRICS[metric], out)
             if not (ours and others): found['verdict'] = 'not built'
             scores = {k: found[k]*unit for k in ('value', 'low', 'high')}
-            besides = name in [o for o,*_ in claim.besides]
+            stale = found['people'] > 0 and any(state[r.id] == 'stale' for r in ours + others)
             tested.append(dict(paper=paper, metric=metric, claim=name, besides=besides, **where, rival=rival, printed=printed)
-                          | found | scores | dict(expected=len(ours), stale=any(state[r.id] == 'stale' for r in ours + others)))
+                          | found | scores | dict(expected=len(ours), stale=stale))
     return pd.DataFrame(tested)
 
 def count_verdicts(
@@ -185,7 +190,7 @@ def count_verdicts(
     several = {'holds': 'hold', 'does not hold': 'do not hold'}
     return ', '.join(f'{n[v]} {several.get(v, v) if n[v] > 1 else v}' for v in VERDICTS if v in n)
 
-# %% ../nbs/625_results.ipynb #871974cb
+# %% ../nbs/625_results.ipynb #73239cb9
 def show_claims(
     claims:pd.DataFrame, # as from `results_claims`
 )->pd.DataFrame:         # what differs, rounded
@@ -198,10 +203,10 @@ def show_claims(
     numbers = table[['printed', 'value', 'low', 'high']].map(number)
     rests = dict(people=table.people.replace({0: ''}))
     if table.expected.max() > 1: rests['runs'] = [f'{n} of {m}' for n,m in zip(table.runs, table.expected)]
-    verdict = table.verdict.where(~table.stale | table.value.isna(), table.verdict + ' (stale)')
+    verdict = table.verdict.where(~table.stale, table.verdict + ' (stale)')
     return table[best].join(numbers).assign(**rests, verdict=verdict)
 
-# %% ../nbs/625_results.ipynb #e856e121
+# %% ../nbs/625_results.ipynb #f20ba159
 def _panels(n, height, **kwargs): # n axes, four in a row at most
     columns = min(n, 4 if n != 6 else 3)
     rows = -(-n // columns)
@@ -226,7 +231,6 @@ def plot_claims(
     differ = _differing(claims)
     places = [*dict.fromkeys(claims[differ].itertuples(index=False, name=None))][::-1]
     groups = [*claims.groupby('claim', sort=False)]
-    unit = _shown(claims.metric.iloc[0]) + ' (points)'*(UNITS[claims.paper.iloc[0]] == 100) if groups else ''
     axes = _panels(max(len(groups), 1), .5 + .22*len(places), sharex=True, sharey=True)
     for ax,(title,part) in zip(axes, groups):
         y = np.array([places.index(o) for o in part[differ].itertuples(index=False, name=None)])
@@ -236,7 +240,9 @@ def plot_claims(
         ax.set(yticks=range(len(places)), ylim=(-.5, len(places) - .5))
         ax.set_yticklabels(map(_title, places))
         ax.set_title(title, fontsize='medium')
-    axes[0].figure.supxlabel(f'difference in {unit}', fontsize='medium')         # once: four are wider than a page
+    if groups:                                                                   # once: four are wider than a page
+        unit = _shown(claims.metric.iloc[0]) + ' (points)'*(UNITS[claims.paper.iloc[0]] == 100)
+        axes[0].figure.supxlabel(f'difference in {unit}', fontsize='medium')
     return axes
 
 # %% ../nbs/625_results.ipynb #8e2e1e2f

@@ -6,7 +6,6 @@
     python tools/mtssrl.py --work DIR real                  the same on the real night in the folder that SLEEPNB_DATA names
     python tools/mtssrl.py --work DIR triplets              whether temporal shuffling can be learned, from real band powers
     python tools/mtssrl.py --work DIR alignment --runs RUNS  what virtual channels take from sensors, by `sleepnb run mtssrl-table1`
-    python tools/mtssrl.py --work DIR unfrozen --runs RUNS   fine-tuning of `sleepnb run mtssrl-table1`, free from its first pass
     python tools/mtssrl.py --work DIR tables                 writes the files
 
 Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
@@ -36,8 +35,7 @@ from sleepnb.learner import finetune_learner, mtssrl_learner, predict_stages, sa
 from sleepnb.metrics import score_difference, score_table
 from sleepnb.models.network import Backbone, move_to
 from sleepnb.montage import parse_channel
-from sleepnb.recipes import Run, runs_of
-from sleepnb.runs import carry_out
+from sleepnb.recipes import runs_of
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
 
@@ -251,13 +249,6 @@ def alignment(work, runs):
         rows.append(pd.DataFrame(shares, at).reset_index())
     pd.concat(rows).assign(run=run.id).round(4).to_csv(OUT/'mtssrl_alignment.csv', index=False)
 
-def unfrozen(runs):
-    "Once all but the alignment of channels is free from the first pass, and once all is. Ends no earlier than what is frozen."
-    tuned = [r for r in runs_of('mtssrl-table1') if r.task == 'finetune']
-    free = [Run('finetune', r.config | dict(unfreeze=[0]*k, patience=r.config['patience'] + max(r.config['unfreeze'])), r.parent)
-            for r in tuned for k in (3, 4)]
-    carry_out(free, runs, jobs=2, redo_stale=True)
-
 def merged(rows, file, keys):
     "Adds rows to a file of an earlier computation; those of the same keys are replaced."
     made = pd.concat(rows).round(4)
@@ -289,7 +280,7 @@ def tables(work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--work', type=Path, required=True, help='folder for all that is computed')
-    parser.add_argument('part', choices=['pretrain', 'finetune', 'probe', 'real', 'triplets', 'alignment', 'unfrozen', 'tables'])
+    parser.add_argument('part', choices=['pretrain', 'finetune', 'probe', 'real', 'triplets', 'alignment', 'tables'])
     parser.add_argument('arms', nargs='*', help='; '.join([*SCRATCH, *ARMS]))
     parser.add_argument('--targets', default='SIA')
     parser.add_argument('--labels', type=float, default=.05, help='share of the training epochs')
@@ -307,7 +298,6 @@ def main():
     if args.part == 'real': probe_real(args.work)
     if args.part == 'triplets': triplets()
     if args.part == 'alignment': alignment(args.work, args.runs)
-    if args.part == 'unfrozen': unfrozen(args.runs)
     if args.part == 'tables': tables(args.work)
 
 if __name__ == '__main__': main()
