@@ -24,7 +24,7 @@ def error_rate(run):
     if run.task == 'sleepsmc': return .1 + .1*(not c['uncertainty']) + .1*(not c['contrast']) + .1*(c['score'] == 'negative')
     if run.task == 'scratch': return .5
     before = run.parent.config
-    return .1 + .1*(before['weighting'] == 'equal') + .2*(len(before['tasks']) < 3) + .1*(len(before['data']) < 3) + .1*('cam' in before)
+    return .1 - .05*(not any(c['unfreeze'])) + .1*(before['weighting'] == 'equal') + .2*(len(before['tasks']) < 3) + .1*(len(before['data']) < 3) + .1*('cam' in before)
 
 def make_up(run, out, rate=None, people=3, epochs=200):
     "A result as a run leaves it; whoever is right less often is also wrong wherever the other is."
