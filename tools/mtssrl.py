@@ -36,6 +36,7 @@ from sleepnb.metrics import score_difference, score_table
 from sleepnb.models.network import Backbone, move_to
 from sleepnb.montage import parse_channel
 from sleepnb.recipes import runs_of
+from sleepnb.runs import read_result
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
 
@@ -247,7 +248,8 @@ def alignment(work, runs):
         with torch.no_grad(): shares = {k: cam.weights(places).numpy().ravel() for k,(cam,places) in cams.items()}
         at = pd.MultiIndex.from_product([[name], range(16), channels], names=['cohort', 'virtual', 'channel'])
         rows.append(pd.DataFrame(shares, at).reset_index())
-    pd.concat(rows).assign(run=run.id).round(4).to_csv(OUT/'mtssrl_alignment.csv', index=False)
+    made = dict(run=run.id, code=read_result(run, runs)['made']['code'])
+    pd.concat(rows).assign(**made).round(4).to_csv(OUT/'mtssrl_alignment.csv', index=False)
 
 def merged(rows, file, keys):
     "Adds rows to a file of an earlier computation; those of the same keys are replaced."

@@ -31,6 +31,7 @@ from sleepnb.data.store import Cohort, EpochStore, prepare
 from sleepnb.learner import extract_features, load_learner, predict_stages, save_learner, score_subsets, sleepsmc_learner
 from sleepnb.montage import parse_channel
 from sleepnb.recipes import read_settings, table_rows
+from sleepnb.runs import read_result
 from sleepnb.trainings import KeepEach, open_stores, split_of
 from sleepnb.synth import synth_night
 from sleepnb.weights import load_weights
@@ -140,7 +141,7 @@ def features(runs):
         apart = silhouette_score(x, epochs.stage)
         xy = TSNE(init='pca', random_state=0).fit_transform(x[::6])
         rows.append(pd.DataFrame(dict(system=system, modality=row.modality, stage=epochs.stage[::6], x=xy[:, 0], y=xy[:, 1],
-                                      silhouette=apart, run=row.runs[0].id)))
+                                      silhouette=apart, run=row.runs[0].id, code=read_result(row.runs[0], runs)['made']['code'])))
         print(system, row.modality, apart, flush=True)
     pd.concat(rows).round(3).to_csv(OUT/'sleepsmc_features.csv', index=False)
 
