@@ -163,7 +163,7 @@ def _sleepsmc(row, scale)->list[Run]:
     return [Run('sleepsmc', config | dict(split=dict(kind='folds', k=5, fold=fold, seed=0), seed=seed))
             for fold in scale.folds for seed in scale.seeds]
 
-# %% ../nbs/615_recipes.ipynb #cdf3fd7d
+# %% ../nbs/615_recipes.ipynb #5e74dfef
 # name → paper, table, runs of a row
 RECIPES = {f'mtssrl-table{n}': ('MTSSRL-MD', str(n), _mtssrl) for n in range(1, 7)} \
         | {'mtssrl-figure4': ('MTSSRL-MD', 'Figure 4', _mtssrl), 'mtssrl-freezing': ('MTSSRL-MD', 'what is frozen', _mtssrl)} \
@@ -191,7 +191,8 @@ _UNPRINTED = {('MTSSRL-MD', table): [(_SCRATCH, f'labels={n}%')] for table,n in 
                                          for d,v in SIZES]} \
            | {('MTSSRL-MD', 'what is frozen'): [(_SCRATCH, 'labels=5%'), ('MTSSRL-MD', 'pretrain=S+I+A;labels=5%')]
                                             + [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;free={n}') for n in FREE],
-              ('SleepSMC', 'Equation 8'): [('SleepSMC', 'U=no;C=yes')] + [('SleepSMC', f'U=yes;C=yes;mode={m}') for m in ACTING]}
+              ('SleepSMC', 'Equation 8'): [('SleepSMC', 'U=no;C=yes'),
+                                           *(('SleepSMC', f'U=yes;C=yes;mode={m}') for m in ACTING)]}
                                                                                  # model and setting
 _UNPRINTED_AT = {'MTSSRL-MD': ([*DATASETS['MTSSRL-MD']], ['EEG'], ['BACC', 'MF1', 'kappa']),
           'SleepSMC': (['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG'], ['Accuracy', 'MacroF1', 'Kappa'])}

@@ -95,7 +95,7 @@ def results_table(
     wide = table.set_index([*differ, 'system', 'metric']).cell.unstack(sort=False)
     return wide[metrics or [*wide]].rename_axis(columns=None)
 
-# %% ../nbs/625_results.ipynb #4c72ef68
+# %% ../nbs/625_results.ipynb #aa9e6622
 @dataclass(frozen=True)
 class Claim:
     "What a paper says about a table, and what is asked besides."
@@ -131,8 +131,8 @@ CLAIMS = { # key of `RECIPES` → claim
                            _better(_WHOLE, 'RP (S)', 'TS (S)', 'CPC (S)', 'SeqCLR (S+I+A)')),
     'mtssrl-figure4': Claim('Channel alignment with 72 dimensions and 16 virtual channels is better than with more or fewer',
                             _better('72 × 16', *_OTHER_SIZES)),
-    'mtssrl-freezing': Claim('Is fine-tuning with 5 % of the labels better with layers free that are frozen at first, or always?',
-                             [], [(f'{free} > {than}', free, [rival]) for free in FREE.values()
+    'mtssrl-freezing': Claim('With 5 % of the labels, is fine-tuning better with layers free that are frozen at first, or '
+                             'always?', [], [(f'{free} > {than}', free, [rival]) for free in FREE.values()
                                   for than,rival in (('frozen', _WHOLE), ('from scratch', 'from scratch'))]),
     'sleepsmc-table1': Claim('With all modalities, SleepSMC stages better than each rival', _better('SleepSMC', *_OTHERS)),
     'sleepsmc-table2': _by_one('ISRUC-S3'),
