@@ -163,7 +163,7 @@ def _sleepsmc(row, scale)->list[Run]:
     return [Run('sleepsmc', config | dict(split=dict(kind='folds', k=5, fold=fold, seed=0), seed=seed))
             for fold in scale.folds for seed in scale.seeds]
 
-# %% ../nbs/615_recipes.ipynb #5e74dfef
+# %% ../nbs/615_recipes.ipynb #b333c723
 # name → paper, table, runs of a row
 RECIPES = {f'mtssrl-table{n}': ('MTSSRL-MD', str(n), _mtssrl) for n in range(1, 7)} \
         | {'mtssrl-figure4': ('MTSSRL-MD', 'Figure 4', _mtssrl), 'mtssrl-freezing': ('MTSSRL-MD', 'what is frozen', _mtssrl)} \
@@ -186,6 +186,7 @@ def printed_tables()->pd.DataFrame: # columns paper, table, dataset, setting, mo
     return _printed().copy()                                                     # of which a caller may change its own
 
 SIZES = [(d, v) for d in (32, 72, 128) for v in (8, 16, 32)] # of channel alignment, in Figure 4: dimensions, virtual channels
+# paper, table → models and settings of rows that are not printed; and paper → their datasets, modalities and metrics
 _UNPRINTED = {('MTSSRL-MD', table): [(_SCRATCH, f'labels={n}%')] for table,n in (('1', 5), ('2', 10), ('3', 100))} \
            | {('MTSSRL-MD', 'Figure 4'): [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;n_dims={d};n_virtual={v}')
                                          for d,v in SIZES]} \
@@ -193,9 +194,8 @@ _UNPRINTED = {('MTSSRL-MD', table): [(_SCRATCH, f'labels={n}%')] for table,n in 
                                             + [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;free={n}') for n in FREE],
               ('SleepSMC', 'Equation 8'): [('SleepSMC', 'U=no;C=yes'),
                                            *(('SleepSMC', f'U=yes;C=yes;mode={m}') for m in ACTING)]}
-                                                                                 # model and setting
 _UNPRINTED_AT = {'MTSSRL-MD': ([*DATASETS['MTSSRL-MD']], ['EEG'], ['BACC', 'MF1', 'kappa']),
-          'SleepSMC': (['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG'], ['Accuracy', 'MacroF1', 'Kappa'])}
+                 'SleepSMC': (['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG'], ['Accuracy', 'MacroF1', 'Kappa'])}
 
 def _unprinted(paper, table)->pd.DataFrame: # as of `printed_tables`
     rows = [dict(paper=paper, table=table, dataset=dataset, setting=setting, model=model, modality=modality, metric=metric)
