@@ -436,7 +436,7 @@ def supervised(
 ):
     """The network of finetune, from random weights.
 
-    It is the rival of every pretraining. Without --split, subjects are divided as pretrain divides them. The weights
+    It is the baseline of every pretraining. Without --split, subjects are divided as pretrain divides them. The weights
     of the best pass are kept."""
     from sleepnb.data.loaders import labelled_loaders
     from sleepnb.learner import supervised_learner
@@ -507,7 +507,7 @@ Example:
 def featurenet(**options):
     """The network of sleepsmc, whose modalities learn side by side and are not compared.
 
-    It is the rival of sleepsmc, and quicker. All options are the same."""
+    It is the baseline of sleepsmc, and quicker. All options are the same."""
     _train_modalities('FeatureNet', False, **options)
 
 # %% ../nbs/640_cli.ipynb #14ea6ffd

@@ -63,7 +63,7 @@ class Scale:
     epochs:int      # of a night
     batch:int       # epochs
     passes:int      # of pretraining
-    tune_passes:int # of fine-tuning and of its rival, at most
+    tune_passes:int # of fine-tuning and of its baseline, at most
     tune_steps:int  # of each of them
 
 SCALES = dict(

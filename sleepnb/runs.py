@@ -364,14 +364,14 @@ def read_stages(
 
 def compare_runs(
     ours:Iterable[Run],
-    rival:Iterable[Run],   # of the same splits and seeds
-    using:str='EEG',       # modalities, as a row of a table has them
+    baseline:Iterable[Run], # of the same splits and seeds
+    using:str='EEG',        # modalities, as a row of a table has them
     metric:str='macro_f1',
     out:str|Path='runs',
-)->dict:                   # value, low, high: ours − rival; people; runs, done on both sides; verdict: holds, does not hold,
-                          # undecided or not computed
+)->dict:                    # value, low, high: ours − baseline; people; runs, done on both sides; verdict: holds, does not
+                            # hold, undecided or not computed
     "Is ours better? It is when the 95 % interval over people lies above zero."
-    a,b = (read_stages(r, using, out) for r in (ours, rival))
+    a,b = (read_stages(r, using, out) for r in (ours, baseline))
     keys = ['cohort', 'subject', 'night']
     both = pd.merge(a[keys].drop_duplicates(), b[keys].drop_duplicates())
     a,b = (o.merge(both).sort_values([*keys, 'epoch'], ignore_index=True) for o in (a, b))

@@ -61,7 +61,7 @@ ARMS = { # cohorts, arguments of the learner, targets
     **{f'{c} alone': (c, {}, c) for c in COHORTS},
     'shared': ('SIA', dict(align='shared'), 'A'),
     'shared without A': ('SI', dict(align='shared'), 'A')}
-SCRATCH = {'scratch': dict(drop=0.), 'scratch, dropout': dict(drop=.5)}  # rivals: arguments of the backbone
+SCRATCH = {'scratch': dict(drop=0.), 'scratch, dropout': dict(drop=.5)}  # baselines: arguments of the backbone
 RATES = (1e-3, 3e-3)                                 # of fine-tuning and from scratch; the validation part chooses
 
 def read_synth(row, cohort):

@@ -3,7 +3,7 @@
     python tools/sleepsmc.py --work DIR train [ARM …] [--folds 0 1] [--seeds 0]     the arms of ARMS; by default all
     python tools/sleepsmc.py --work DIR subsets                  all subsets of modalities, by the arms that stage with all
     python tools/sleepsmc.py --work DIR real                     the real night in the folder that SLEEPNB_DATA names
-    python tools/sleepsmc.py --work DIR features --runs RUNS     t-SNE of features, by the runs of `sleepnb run sleepsmc-table3`
+    python tools/sleepsmc.py features --runs RUNS                t-SNE of features, by the runs of `sleepnb run sleepsmc-table3`
     python tools/sleepsmc.py --work DIR tables                   writes the files
 
 Everything is kept in DIR: what is there is not computed again, and what was interrupted goes on."""
@@ -164,7 +164,7 @@ def tables(work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--work', type=Path, required=True, help='folder for all that is computed')
+    parser.add_argument('--work', type=Path, help='folder for all that is computed')
     parser.add_argument('part', choices=['train', 'subsets', 'real', 'features', 'tables'])
     parser.add_argument('arms', nargs='*', help='; '.join(ARMS))
     parser.add_argument('--folds', type=int, nargs='*', default=[0])
@@ -172,6 +172,8 @@ def main():
     parser.add_argument('--runs', type=Path, default=Path('runs'))
     args = parser.parse_args()
     keep_memory()
+    if args.part == 'features': return features(args.runs)
+    if args.work is None: parser.error(f'{args.part} needs --work DIR')
     args.work.mkdir(parents=True, exist_ok=True)
     if args.part == 'train':
         for seed in args.seeds:
@@ -179,7 +181,6 @@ def main():
                 for arm in args.arms or ARMS: train(args.work, arm, fold, seed)
     if args.part == 'subsets': subsets(args.work)
     if args.part == 'real': real(args.work)
-    if args.part == 'features': features(args.runs)
     if args.part == 'tables': tables(args.work)
 
 if __name__ == '__main__': main()
