@@ -160,15 +160,16 @@ def _sleepsmc(row, scale)->list[Run]:
     config = dict(data=[_cohort('SleepSMC', row.dataset, scale)], modalities=['EEG', 'EOG', 'EMG'], primary=primary, **how,
                   score='negative' if said.get('weight') == '-r' else 'exp', weight_mode=said.get('mode', 'scale_after_norm'),
                   channel_mode='joint', hide=0., lr=1e-3, **scale.sleepsmc)
+    seeds = range(int(said['seeds'])) if 'seeds' in said else scale.seeds
     return [Run('sleepsmc', config | dict(split=dict(kind='folds', k=5, fold=fold, seed=0), seed=seed))
-            for fold in scale.folds for seed in scale.seeds]
+            for fold in scale.folds for seed in seeds]
 
 # %% ../nbs/615_recipes.ipynb #b333c723
 # name → paper, table, runs of a row
 RECIPES = {f'mtssrl-table{n}': ('MTSSRL-MD', str(n), _mtssrl) for n in range(1, 7)} \
         | {'mtssrl-figure4': ('MTSSRL-MD', 'Figure 4', _mtssrl), 'mtssrl-freezing': ('MTSSRL-MD', 'what is frozen', _mtssrl)} \
         | {f'sleepsmc-table{n}': ('SleepSMC', str(n), _sleepsmc) for n in (1, 2, 3, 5, 6, 7, 8)} \
-        | {'sleepsmc-equation8': ('SleepSMC', 'Equation 8', _sleepsmc)}
+        | {'sleepsmc-equation8': ('SleepSMC', 'Equation 8', _sleepsmc), 'sleepsmc-seeds': ('SleepSMC', 'three seeds', _sleepsmc)}
 
 METRICS = dict(BACC='balanced_accuracy', MF1='macro_f1', kappa='kappa', AUC='auroc', Accuracy='accuracy', MacroF1='macro_f1',
                Kappa='kappa', F1_W='f1_W', F1_Wake='f1_W', F1_N1='f1_N1', F1_N2='f1_N2', F1_N3='f1_N3',
@@ -186,20 +187,23 @@ def printed_tables()->pd.DataFrame: # columns paper, table, dataset, setting, mo
     return _printed().copy()                                                     # of which a caller may change its own
 
 SIZES = [(d, v) for d in (32, 72, 128) for v in (8, 16, 32)] # of channel alignment, in Figure 4: dimensions, virtual channels
-# paper, table → models and settings of rows that are not printed; and paper → their datasets, modalities and metrics
+# paper, table → models and settings of rows that are not printed; and paper, or paper and table → datasets and modalities
 _UNPRINTED = {('MTSSRL-MD', table): [(_SCRATCH, f'labels={n}%')] for table,n in (('1', 5), ('2', 10), ('3', 100))} \
            | {('MTSSRL-MD', 'Figure 4'): [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;n_dims={d};n_virtual={v}')
                                          for d,v in SIZES]} \
            | {('MTSSRL-MD', 'what is frozen'): [(_SCRATCH, 'labels=5%'), ('MTSSRL-MD', 'pretrain=S+I+A;labels=5%')]
                                             + [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;free={n}') for n in FREE],
               ('SleepSMC', 'Equation 8'): [('SleepSMC', 'U=no;C=yes'),
-                                           *(('SleepSMC', f'U=yes;C=yes;mode={m}') for m in ACTING)]}
-_UNPRINTED_AT = {'MTSSRL-MD': ([*DATASETS['MTSSRL-MD']], ['EEG'], ['BACC', 'MF1', 'kappa']),
-                 'SleepSMC': (['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG'], ['Accuracy', 'MacroF1', 'Kappa'])}
+                                           *(('SleepSMC', f'U=yes;C=yes;mode={m}') for m in ACTING)],
+              ('SleepSMC', 'three seeds'): [('SleepSMC', f'U=no;C={c};seeds=3') for c in ('no', 'yes')]}
+_AT = {'MTSSRL-MD': ([*DATASETS['MTSSRL-MD']], ['EEG']), 'SleepSMC': (['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG']),
+       ('SleepSMC', 'three seeds'): (['ISRUC-S3', 'MASS-SS3', 'Sleep-EDF-78'], ['EEG', 'EOG', 'EMG'])}
+_MEASURED = {'MTSSRL-MD': ['BACC', 'MF1', 'kappa'], 'SleepSMC': ['Accuracy', 'MacroF1', 'Kappa']}
 
 def _unprinted(paper, table)->pd.DataFrame: # as of `printed_tables`
+    systems,at = _UNPRINTED.get((paper, table), ()), _AT.get((paper, table), _AT[paper])
     rows = [dict(paper=paper, table=table, dataset=dataset, setting=setting, model=model, modality=modality, metric=metric)
-            for (model,setting),dataset,modality,metric in product(_UNPRINTED.get((paper, table), ()), *_UNPRINTED_AT[paper])]
+            for (model,setting),dataset,modality,metric in product(systems, *at, _MEASURED[paper])]
     return pd.DataFrame(rows, columns=_printed().columns).astype(dict(mean=float, std=float))
 
 def check_recipe(
@@ -215,7 +219,7 @@ def recipe_numbers(
     recipe:str,         # a key of `RECIPES`
     scale:str='small',  # a key of `SCALES`
 )->pd.DataFrame:        # as of `printed_tables`; without a printed number, NaN
-    """What is printed in a table, and rows that are not: from scratch, of a figure, of an equation.
+    """What is printed in a table, and rows that are not: from scratch, of a figure, of an equation, of several seeds.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     paper,table,*_ = check_recipe(recipe, scale)

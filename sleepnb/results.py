@@ -142,7 +142,9 @@ CLAIMS = { # key of `RECIPES` → claim
     'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r',
                              _better('weights by exp(−r)', 'weights by −r')),
     'sleepsmc-equation8': Claim('Does uncertainty gain over contrast alone where its weights act on something else?', [],
-                                [(f'weights on {o} > + C', f'weights on {o}', ['+ C']) for o in list(ACTING.values())[1:]])}
+                                [(f'weights on {o} > + C', f'weights on {o}', ['+ C']) for o in list(ACTING.values())[1:]]),
+    'sleepsmc-seeds': Claim('With one modality and three seeds, is contrast better than FeatureNet?', [],
+                            _better('+ C', 'FeatureNet'))}
 
 # %% ../nbs/625_results.ipynb #7a8375b8
 VERDICTS = ('holds', 'does not hold', 'undecided', 'not computed', 'not built')
