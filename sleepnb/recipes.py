@@ -169,7 +169,8 @@ def _sleepsmc(row, scale)->list[Run]:
 RECIPES = {f'mtssrl-table{n}': ('MTSSRL-MD', str(n), _mtssrl) for n in range(1, 7)} \
         | {'mtssrl-figure4': ('MTSSRL-MD', 'Figure 4', _mtssrl), 'mtssrl-freezing': ('MTSSRL-MD', 'what is frozen', _mtssrl)} \
         | {f'sleepsmc-table{n}': ('SleepSMC', str(n), _sleepsmc) for n in (1, 2, 3, 5, 6, 7, 8)} \
-        | {'sleepsmc-equation8': ('SleepSMC', 'Equation 8', _sleepsmc), 'sleepsmc-seeds': ('SleepSMC', 'three seeds', _sleepsmc)}
+        | {'sleepsmc-equation8': ('SleepSMC', 'Equation 8', _sleepsmc),
+           'sleepsmc-seeds': ('SleepSMC', 'three seeds', _sleepsmc)}
 
 METRICS = dict(BACC='balanced_accuracy', MF1='macro_f1', kappa='kappa', AUC='auroc', Accuracy='accuracy', MacroF1='macro_f1',
                Kappa='kappa', F1_W='f1_W', F1_Wake='f1_W', F1_N1='f1_N1', F1_N2='f1_N2', F1_N3='f1_N3',

@@ -284,7 +284,8 @@ def _carry_out_alone(run, owner, **how): # the process that this one ends with
     with parallel_config('sequential'): return run, _carry_out(run, **how)    # what a run does stays in its process
 
 # %% ../nbs/620_runs.ipynb #c33eddb2
-_SECONDS = dict(pretrain=.01, finetune=.0015, scratch=.0015, sleepsmc=.006) # CPU seconds
+_SECONDS = dict(pretrain=.003, finetune=.0015, scratch=.0015, sleepsmc=.0035) # CPU seconds
+_VIEWS = dict(AUG=2, TS=3, FBM=1) # what the encoder is given for each task
 _BESIDES = 1. # CPU seconds of a run, to begin and to score
 
 def _size(data)->float: # epochs of a cohort
@@ -294,13 +295,14 @@ def _size(data)->float: # epochs of a cohort
 def estimate_hours(
     runs:Iterable[Run],
 )->float: # of one core
-    "About how long runs take: within a factor of two, on a machine of today."
+    "About how long the runs of a table take together: within a factor of two, on a machine of today."
     total = 0.
     for run in runs:
         c = run.config
         n = .64*sum(map(_size, c['data']))*c.get('labels', 1)                                # of training people
         seen = c['steps']*c['batch'] if 'steps' in c else c['passes']*max(n, c.get('pass_steps', 1)*c['batch'])
-        total += seen*_SECONDS[run.task]*len(c.get('rates', [1]))*(2 if c.get('uncertainty') else 1) + _BESIDES
+        times = sum(_VIEWS[t] for t in c['tasks']) if 'tasks' in c else 2 if c.get('uncertainty') else 1
+        total += seen*times*_SECONDS[run.task]*len(c.get('rates', [1])) + _BESIDES
     return total / 3600
 
 # %% ../nbs/620_runs.ipynb #fe9c5e75

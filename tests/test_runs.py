@@ -299,9 +299,20 @@ def test_a_claim_is_a_difference_over_people(tmp_path):
 
 def test_hours_by_hand():
     run = next(r for r in runs_of('sleepsmc-table2') if r.config['primary'] == 'EOG')
-    assert estimate_hours([run]) == pytest.approx((.64*30*480*6*.006*2 + 1) / 3600)
+    assert estimate_hours([run]) == pytest.approx((.64*30*480*6*.0035*2 + 1) / 3600)
     run = runs_of('mtssrl-table6')[0]
-    assert estimate_hours([run]) == pytest.approx((520*100*.01 + 1) / 3600)
+    assert estimate_hours([run]) == pytest.approx((520*100*6*.003 + 1) / 3600)   # two views, three epochs, one
+
+RUNS = Path(__file__).parent.parent/'nbs'/'artifacts'/'runs'
+
+@pytest.mark.parametrize('recipe', ['mtssrl-table1', 'mtssrl-table3', 'mtssrl-table4', 'mtssrl-table5', 'sleepsmc-table2',
+                                    'sleepsmc-table3'])
+def test_hours_are_those_of_the_committed_runs(recipe):
+    "Within a factor of two for a table; within three for a training."
+    runs = [r for r in runs_of(recipe) if is_done(r, RUNS)]
+    took = [read_result(r, RUNS)['made']['cpu_seconds'] / 3600 for r in runs]
+    assert runs and .5 < estimate_hours(runs) / sum(took) < 2
+    for run,hours in zip(runs, took): assert 1/3 < estimate_hours([run]) / hours < 3, run
 
 def test_hours_at_the_scale_smoke():
     "What 20 runs took on a small machine: 33 seconds of a core, within a factor of two."
