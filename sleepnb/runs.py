@@ -243,7 +243,7 @@ def _bar(runs, progress): return tqdm(total=len(runs), desc='runs', unit='run', 
 def carry_out(
     runs:Iterable[Run],
     out:str|Path='runs',      # a folder; made if it does not exist
-    jobs:int=1,               # processes that are started here
+    jobs:int=1,               # processes that are started here; none if there is a scheduler
     backend:str='loky',       # or `'dask'`: a cluster
     scheduler:str|None=None,  # of Dask: its address, `'tcp://login1:8786'`, or its `.json` file; `None` starts workers here
     retry:bool=False,         # those that failed
@@ -257,6 +257,9 @@ def carry_out(
         raise SleepnbError('there is no such backend', found=repr(backend), expected='loky or dask')
     if scheduler is not None and backend != 'dask':
         raise SleepnbError('only Dask has a scheduler', found=repr(scheduler), remedy="Add --backend dask, or backend='dask'.")
+    if scheduler is not None and jobs != 1:
+        raise SleepnbError('a scheduler has workers of its own: no jobs are started here', found=f'jobs={jobs}',
+                           remedy='Leave out --jobs, or jobs=.')
     check_jobs(jobs)
     out,say = Path(out).expanduser().resolve(), lambda text: tqdm.write(text, file=sys.stderr) if progress else None
     asked = _with_parents(runs)

@@ -1,6 +1,7 @@
 "Runs and recipes: killed, damaged, repeated, on a cluster, and counted by hand."
 import ast, hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -9,7 +10,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from sklearn.metrics import f1_score
+from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score
 
 import sleepnb
 from sleepnb.core import SleepnbError, WeightsError
@@ -20,6 +21,8 @@ from sleepnb.runs import (_begin, _workers, carry_out, compare_runs, estimate_ho
                           recipe_table, run_recipe, runs_to_do)
 from sleepnb.trainings import _SHOWS, _UNUSED, TASKS, _read_code, code_checksum
 from sleepnb.weights import FORMAT, load_weights, write_tensors
+
+RUNS = Path(__file__).parent.parent/'nbs'/'artifacts'/'runs'
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
@@ -93,13 +96,16 @@ def test_people_are_tested_once_and_unseen(out):
     assert not trained & {(n['cohort'], n['subject']) for n in result['nights']}
     assert result['made']['split'] == seen['split']['id'] and result['made']['device'] == 'cpu'
 
-def test_scores_are_those_of_the_stages(out):
-    run = runs_of('mtssrl-table6', 'smoke')[1]
-    stages,table = read_stages([run], out=out), recipe_table('mtssrl-table6', 'smoke', out).query('model == "MTSSRL-MD"')
-    f1 = f1_score(stages.stage, stages.pred, average=None, labels=range(5), zero_division=0)
+def test_scores_are_those_of_the_stages():
+    "Of a network that has learned something: five stages with five different scores, each against scikit-learn's."
+    run = runs_of('mtssrl-table6')[1]
+    stages,table = read_stages([run], out=RUNS), recipe_table('mtssrl-table6', 'small', RUNS).query('model == "MTSSRL-MD"')
+    f1 = f1_score(stages.stage, stages.pred, average=None, labels=range(5))
+    assert len({*f1.round(3)}) == 5 and f1.min() > 0
     ours = table.set_index('metric').ours
     np.testing.assert_allclose(ours[['F1_W', 'F1_N1', 'F1_N2', 'F1_N3', 'F1_REM']], 100*f1, atol=1e-3)
-    np.testing.assert_allclose(ours['MF1'], 100*f1.mean(), atol=1e-3)
+    np.testing.assert_allclose(ours[['MF1', 'kappa', 'BACC']], [100*f(stages.stage, stages.pred) for f in (
+        partial(f1_score, average='macro'), cohen_kappa_score, balanced_accuracy_score)], atol=1e-3)
     assert table.printed.notna().all() and (table.ids.str[0] == run.id).all()
 
 def test_a_result_that_is_gone_is_a_missing_cell(out, tmp_path):
@@ -303,8 +309,6 @@ def test_hours_by_hand():
     run = runs_of('mtssrl-table6')[0]
     assert estimate_hours([run]) == pytest.approx((520*100*6*.003 + 1) / 3600)   # two views, three epochs, one
 
-RUNS = Path(__file__).parent.parent/'nbs'/'artifacts'/'runs'
-
 @pytest.mark.parametrize('recipe', ['mtssrl-table1', 'mtssrl-table3', 'mtssrl-table4', 'mtssrl-table5', 'sleepsmc-table2',
                                     'sleepsmc-table3'])
 def test_hours_are_those_of_the_committed_runs(recipe):
@@ -336,6 +340,7 @@ def test_jobs_and_schedulers_that_there_are_not(tmp_path):
         with pytest.raises(SleepnbError, match=f'jobs is a number of processes .*found {jobs}'): carry_out([tiny(0)], tmp_path, jobs=jobs)
     with pytest.raises(SleepnbError, match='Add --backend dask'): carry_out([tiny(0)], tmp_path, scheduler='tcp://localhost:1')
     where = dict(backend='dask', scheduler='tcp://localhost:1', progress=False)
+    with pytest.raises(SleepnbError, match='a scheduler has workers of its own'): carry_out([tiny(0)], tmp_path, jobs=2, **where)
     with dask.config.set({'distributed.comm.timeouts.connect': '1s'}), \
             pytest.raises(SleepnbError, match='tcp://localhost:1: no scheduler of Dask answers'): carry_out([tiny(0)], tmp_path, **where)
     assert not carry_out([tiny(0)], tmp_path, progress=False)
