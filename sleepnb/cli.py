@@ -840,7 +840,7 @@ def recipe(
     scale:Annotated[_Scale, _scale]=_Scale.small,
     out:Annotated[Path, _runs]=Path('runs'),
     jobs:Annotated[int, typer.Option('--jobs', metavar='N', callback=check_jobs,
-                                     help='Trainings side by side; -1 is one per core.')]=1,
+                                     help='Trainings side by side on this machine; -1 is one per core.')]=1,
     backend:Annotated[_Backend, typer.Option('--backend', help='loky: this machine; dask: a cluster.')]=_Backend.loky,
     scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Of Dask: tcp://login1:8786, or the file that '
         'dask scheduler --scheduler-file FILE.json writes.')]=None,
@@ -856,9 +856,10 @@ def recipe(
     from sleepnb.recipes import runs_of
     _check_alone()
     wanted = runs_of(name, scale)
+    from sleepnb.runs import carry_out, check_backend, check_stores, estimate_hours, recipe_status, recipe_table, runs_to_do
+    check_backend(jobs, backend, scheduler)
     _check_folder(out, 'Name another folder: --out DIR.')
     out = out.expanduser()
-    from sleepnb.runs import carry_out, check_stores, estimate_hours, recipe_status, recipe_table, runs_to_do
     todo = runs_to_do(wanted, out, retry, redo_stale)
     check_stores(todo, out)
     hours,states = estimate_hours(todo), _states(recipe_status(name, scale, out))
@@ -868,8 +869,12 @@ def recipe(
          + f'; {len(todo)} to train, for about {_duration(hours)} of a core' * bool(todo))
     if states['stale'] and not redo_stale:
         _say('what earlier code has made is kept; --redo-stale trains it again')
-    if hours > 4 and not yes and not (sys.stdin.isatty() and typer.confirm('Begin?', err=True)):
-        raise SleepnbError('nothing was begun, for it would take more than four hours of a core', remedy='Add --yes.')
+    if hours > 4 and not yes:
+        if not sys.stdin.isatty():
+            raise SleepnbError('nothing was begun, for it would take more than four hours of a core', remedy='Add --yes.')
+        if not typer.confirm('Begin?', err=True):
+            _say('nothing was begun')
+            raise typer.Exit(1)
     failed = carry_out(wanted, out, jobs, backend, scheduler, retry, redo_stale)
     if as_json: typer.echo(recipe_table(name, scale, out).to_json(orient='records'))
     else:

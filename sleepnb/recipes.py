@@ -188,7 +188,7 @@ def printed_tables()->pd.DataFrame: # columns paper, table, dataset, setting, mo
     return _printed().copy()                                                     # of which a caller may change its own
 
 SIZES = [(d, v) for d in (32, 72, 128) for v in (8, 16, 32)] # of channel alignment, in Figure 4: dimensions, virtual channels
-# paper, table → models and settings of rows that are not printed; and paper, or paper and table → datasets and modalities
+# paper, table → models and settings of rows that are not printed
 _UNPRINTED = {('MTSSRL-MD', table): [(_SCRATCH, f'labels={n}%')] for table,n in (('1', 5), ('2', 10), ('3', 100))} \
            | {('MTSSRL-MD', 'Figure 4'): [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;n_dims={d};n_virtual={v}')
                                          for d,v in SIZES]} \
@@ -197,12 +197,12 @@ _UNPRINTED = {('MTSSRL-MD', table): [(_SCRATCH, f'labels={n}%')] for table,n in 
               ('SleepSMC', 'Equation 8'): [('SleepSMC', 'U=no;C=yes'),
                                            *(('SleepSMC', f'U=yes;C=yes;mode={m}') for m in ACTING)],
               ('SleepSMC', 'three seeds'): [('SleepSMC', f'U=no;C={c};seeds=3') for c in ('no', 'yes')]}
-_AT = {'MTSSRL-MD': ([*DATASETS['MTSSRL-MD']], ['EEG']), 'SleepSMC': (['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG']),
-       ('SleepSMC', 'three seeds'): (['ISRUC-S3', 'MASS-SS3', 'Sleep-EDF-78'], ['EEG', 'EOG', 'EMG'])}
+_AT = {'MTSSRL-MD': ([*DATASETS['MTSSRL-MD']], ['EEG']), 'Equation 8': (['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG']),
+       'three seeds': (['ISRUC-S3', 'MASS-SS3', 'Sleep-EDF-78'], ['EEG', 'EOG', 'EMG'])} # datasets and modalities of these rows
 _MEASURED = {'MTSSRL-MD': ['BACC', 'MF1', 'kappa'], 'SleepSMC': ['Accuracy', 'MacroF1', 'Kappa']}
 
 def _unprinted(paper, table)->pd.DataFrame: # as of `printed_tables`
-    systems,at = _UNPRINTED.get((paper, table), ()), _AT.get((paper, table), _AT[paper])
+    systems,at = _UNPRINTED.get((paper, table), ()), _AT.get(table) or _AT.get(paper, ((), ()))
     rows = [dict(paper=paper, table=table, dataset=dataset, setting=setting, model=model, modality=modality, metric=metric)
             for (model,setting),dataset,modality,metric in product(systems, *at, _MEASURED[paper])]
     return pd.DataFrame(rows, columns=_printed().columns).astype(dict(mean=float, std=float))

@@ -102,6 +102,7 @@ class Claim:
     text:str           # for readers
     pairs:list[tuple]  # name, the system said to be better, its baselines, of which the best in print counts
     besides:list[tuple]=() # the same, of what sleepnb asks
+    apart:bool=False       # these are several questions: each is counted by itself
 
 def _better(ours, *baselines): return [(f'{ours} > {baseline}', ours, [baseline]) for baseline in baselines]
 
@@ -133,11 +134,11 @@ CLAIMS = { # key of `RECIPES` → claim
                             _better('72 × 16', *_OTHER_SIZES)),
     'mtssrl-freezing': Claim('With 5 % of the labels, is fine-tuning better with layers free that are frozen at first, or '
                              'always?', [], [(f'{free} > {than}', free, [baseline]) for free in FREE.values()
-                                  for than,baseline in (('frozen', _WHOLE), ('from scratch', 'from scratch'))]),
+                                  for than,baseline in (('frozen', _WHOLE), ('from scratch', 'from scratch'))], apart=True),
     'sleepsmc-table1': Claim('With all modalities, SleepSMC stages better than each baseline', _better('SleepSMC', *_OTHERS)),
     'sleepsmc-table2': _by_one('ISRUC-S3'),
     'sleepsmc-table3': Claim('The contrast between modalities (C) gains, and so does uncertainty (U)',
-                             [*_better('+ C', 'FeatureNet'), *_better('+ C + U', '+ C', 'FeatureNet')]),
+                             [*_better('+ C', 'FeatureNet'), *_better('+ C + U', '+ C', 'FeatureNet')], apart=True),
     'sleepsmc-table5': _by_one('MASS-SS3'), 'sleepsmc-table6': _by_one('Sleep-EDF-78'), 'sleepsmc-table7': _by_one('ISRUC-S1'),
     'sleepsmc-table8': Claim('Weights by exp(−r) are better than weights by −r',
                              _better('weights by exp(−r)', 'weights by −r')),
@@ -284,6 +285,10 @@ def plot_results(
     return axes
 
 # %% ../nbs/625_results.ipynb #aff505cb
+def _counted(claims, apart):
+    parts = claims.groupby('claim', sort=False) if apart else []
+    return '; '.join(f'{name}: {count_verdicts(of)}' for name,of in parts) or count_verdicts(claims)
+
 def results_summary(
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',  # where runs are
@@ -296,6 +301,7 @@ def results_summary(
         state = recipe_status(recipe, scale, out).state[[*shown]]
         tested = results_claims(recipe, scale, out)
         rows[recipe] = dict(paper=paper, table=table if ' ' in table else f'Table {table}', claim=claim.text,
-                            verdicts=count_verdicts(tested[~tested.besides]), besides=count_verdicts(tested[tested.besides]),
+                            verdicts=_counted(tested[~tested.besides], claim.apart),
+                            besides=_counted(tested[tested.besides], claim.apart),
                             found=state.isin(['done', 'stale']).sum(), stale=(state == 'stale').sum(), expected=len(shown))
     return pd.DataFrame(rows).T

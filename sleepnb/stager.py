@@ -663,7 +663,7 @@ def _unknown(found, modalities): # a note where EEG is missing, of channels that
     names = [f'{found.recorded[i].recorded} ({why})' for i,why in found.unused.items()
              if found.recorded[i].modality == Modality.EEG or 'by its name' in why]
     said = f'; not used are {", ".join(names)}: an alias says what they are' if names else ''
-    return [f'staged without EEG, by {" and ".join(sorted(there))} alone{said}']
+    return [f'staged without EEG, by {" and ".join(sorted(there))} alone, which is far less reliable{said}']
 
 def _useless(found, quality): # notes of channels without a good epoch
     words = [Counter(q.tolist()).most_common(1)[0][0] for q in quality.T]
