@@ -267,7 +267,8 @@ def _read_raw(
     import mne # here, because EDF files do not need it
     try: return mne.io.read_raw(path, preload=False, verbose='error')
     except Exception as error: # whatever mne or the reader of the format raises
-        raise RecordingError('the file cannot be read', where=str(path), found=type(error).__name__ + f': {error}'*bool(str(error)),
+        raise RecordingError('the file cannot be read', where=str(path),
+            found=type(error).__name__ + f': {error}'*bool(str(error)),
             expected='a format that mne reads, such as EDF, BDF or FIF', remedy=_SECOND * _is_text(path)) from error
 
 _SECOND = 'If this is the hypnogram, it comes second: read_night(recording, hypnogram).'
@@ -276,7 +277,8 @@ def _is_text(path:Path)->bool: return path.suffix.casefold() in ('.csv', '.tsv',
 def _check_file(path:Path, kind):
     "Raises `kind` when there is no such file."
     if path.is_dir():
-        raise kind('this is a folder, not a file', where=str(path), remedy='Name a file, or several (night*.edf). sleepnb prepare reads whole folders.')
+        raise kind('this is a folder, not a file', where=str(path),
+                   remedy='Name a file, or several (night*.edf). sleepnb prepare reads whole folders.')
     if not path.is_file(): raise kind('there is no such file', where=str(path))
 
 # %% ../../nbs/100_data.psg.ipynb #1e2434cb
