@@ -85,11 +85,10 @@ def _montage(
     modalities:Iterable[str]|None,
 )->tuple[list[str], str|None]: # channels; the trained cohort whose they are
     if channels is None:
-        known = {k: [c for c in v if parse_channel(c).modality in stager.modalities] for k,v in stager.montages.items()}
-        channels,*others = known.values()
+        channels,*others = stager.montages.values()
         if any(o != channels for o in others):
             raise MontageError('the network was trained on several montages', where=stager.name,
-                               found='; '.join(f'{k}: {_some(v)}' for k,v in known.items()),
+                               found='; '.join(f'{k}: {_some(v)}' for k,v in stager.montages.items()),
                                remedy='Name channels that it is for, with channels=.')
         may = stager._chosen(modalities)
         channels = [c for c in channels if parse_channel(c).modality in may]

@@ -690,7 +690,8 @@ class Stager:
         smc = isinstance(network, SleepSMC)
         self.modalities = tuple(network.modalities) if smc else (Modality.EEG.value,)
         self.primary = network.primary if smc else Modality.EEG.value
-        self.montages = (network if smc else network.backbone).config['montages']
+        montages = (network if smc else network.backbone).config['montages']
+        self.montages = {k: [c for c in v if parse_channel(c).modality in self.modalities] for k,v in montages.items()}
         self.any_montage = network.config['channel_mode'] == 'cam' if smc else network.backbone.config['align'] == 'shared'
 
     @classmethod

@@ -462,6 +462,9 @@ def test_channels_by_name(stager, x):
     with pytest.raises(MontageError, match='O1-M2: no O1'): stager.stage(night(x), channels=['C4', 'O1-M2'])
     fixed = Stager(StageNetwork(Backbone({'a': ['C3-M2']})))
     with pytest.raises(SleepnbError, match='cannot be chosen'): fixed.stage(night(x), channels=['C4'])
+    brain = Stager(StageNetwork(Backbone({'a': ['C3-M2', 'HEOG', 'Chin']})))
+    assert brain.montages == {'a': ['C3-M2']}                             # what else the cohort has, it does not take
+    with pytest.raises(MontageError, match='expected C3-M2[;)]'): brain.choose(['O1-M2', 'HEOG'])
 
 def test_why_a_channel_is_not_used_is_true(x):
     fixed = Stager(SleepSMC(dict(home=['C3-M2', 'E1-M2', 'Chin']), primary='EOG'))
