@@ -851,8 +851,9 @@ def recipe(
 ):
     """Train what a table of the papers needs, and show ours beside what is printed.
 
-    What is done is not computed again; what was interrupted goes on when the same command is given again. At the scale paper,
-    DIR/stores must hold the datasets, as sleepnb prepare makes them: isruc-s1-mtssrl, sleep-edf-78-sleepsmc."""
+    It says how long that will take, and asks before more than four hours of a core. What is done is not computed again; what
+    was interrupted goes on when the same command is given again. At the scale paper, DIR/stores must hold the datasets, as
+    sleepnb prepare makes them: isruc-s1-mtssrl, sleep-edf-78-sleepsmc."""
     from sleepnb.recipes import runs_of
     _check_alone()
     wanted = runs_of(name, scale)

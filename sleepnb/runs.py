@@ -283,11 +283,11 @@ def carry_out(
     how = dict(out=out, retry=retry, redo_stale=redo_stale, progress=progress and jobs == 1 and backend == 'loky',
                owner=os.getpid() if backend == 'loky' else None)
     with _workers(jobs, backend, scheduler) as each, _bar(asked, progress) as bar:
-        bar.update(len(asked) - len(todo))
+        bar.update(n := len(asked) - len(todo))
         for first in (True, False):                                                      # without a parent, then with one
             for run,why in each(partial(_carry_out_alone, **how), [r for r in todo if (r.parent is None) == first]):
                 bar.update()
-                say(f'{"failed" if why else "done"}: {run}')
+                say(f'{"failed" if why else "done"}: {run}, {(n := n + 1)} of {len(asked)}')
                 if why: failed[run.id] = why
                 if why and not (out/run.id/'failed.json').exists(): _note_failed(run, out, why)   # its process was lost
     return failed
