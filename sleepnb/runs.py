@@ -54,7 +54,8 @@ def _provenance(task, dls, started, clock):
     versions = {o: version(o) for o in ('sleepnb', 'torch', 'fastai', 'numpy', 'scipy')}
     data = {s.cohort: digest(*map(np.ascontiguousarray, (s.stages, s.median, s.scale))) for s in dls.train.stores.stores}
     return dict(code=code_checksum(task), **_commit(), python=platform.python_version(), versions=versions, data=data,
-                split=dls.split.id, device=str(dls.device), machine=platform.machine(), threads=torch.get_num_threads(),
+                split=dls.split.id, device=str(dls.device), threads=torch.get_num_threads(),
+                machine=f'{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}',
                 started=started.isoformat(timespec='seconds'), seconds=round(time.perf_counter() - clock[0]),
                 cpu_seconds=round(time.process_time() - clock[1]))
 
