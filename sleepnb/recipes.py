@@ -188,25 +188,27 @@ def printed_tables()->pd.DataFrame: # columns paper, table, dataset, setting, mo
     return _printed().copy()                                                     # of which a caller may change its own
 
 SIZES = [(d, v) for d in (32, 72, 128) for v in (8, 16, 32)] # of channel alignment, in Figure 4: dimensions, virtual channels
-# paper, table → models and settings of rows that are not printed
-_UNPRINTED = {('MTSSRL-MD', table): [(_SCRATCH, f'labels={n}%')] for table,n in (('1', 5), ('2', 10), ('3', 100))} \
-           | {('MTSSRL-MD', 'Figure 4'): [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;n_dims={d};n_virtual={v}')
-                                         for d,v in SIZES]} \
-           | {('MTSSRL-MD', 'what is frozen'): [(_SCRATCH, 'labels=5%'), ('MTSSRL-MD', 'pretrain=S+I+A;labels=5%')]
-                                            + [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;free={n}') for n in FREE],
-              ('SleepSMC', 'Equation 8'): [('SleepSMC', 'U=no;C=yes'),
-                                           *(('SleepSMC', f'U=yes;C=yes;mode={m}') for m in ACTING)],
-              ('SleepSMC', 'three seeds'): [('SleepSMC', f'U=no;C={c};seeds=3') for c in ('no', 'yes')]}
-_AT = {'MTSSRL-MD': ([*DATASETS['MTSSRL-MD']], ['EEG']), 'Equation 8': (['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG']),
-       'three seeds': (['ISRUC-S3', 'MASS-SS3', 'Sleep-EDF-78'], ['EEG', 'EOG', 'EMG'])} # datasets and modalities of these rows
+
+# %% ../nbs/615_recipes.ipynb #6a1c02d2
+# paper, table → of rows that are not printed: models and settings, datasets, modalities
+_UNPRINTED = {('MTSSRL-MD', table): (systems, [*DATASETS['MTSSRL-MD']], ['EEG']) for table,systems in (
+    *((table, [(_SCRATCH, f'labels={n}%')]) for table,n in (('1', 5), ('2', 10), ('3', 100))),
+    ('Figure 4', [('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;n_dims={d};n_virtual={v}') for d,v in SIZES]),
+    ('what is frozen', [(_SCRATCH, 'labels=5%'), ('MTSSRL-MD', 'pretrain=S+I+A;labels=5%'),
+                        *(('MTSSRL-MD', f'pretrain=S+I+A;labels=5%;free={n}') for n in FREE)]))} | {
+    ('SleepSMC', 'Equation 8'): ([('SleepSMC', 'U=no;C=yes'), *(('SleepSMC', f'U=yes;C=yes;mode={m}') for m in ACTING)],
+                                 ['ISRUC-S3'], ['EEG', 'EOG', 'EMG', 'EEG+EOG+EMG']),
+    ('SleepSMC', 'three seeds'): ([('SleepSMC', f'U=no;C={c};seeds=3') for c in ('no', 'yes')],
+                                  ['ISRUC-S3', 'MASS-SS3', 'Sleep-EDF-78'], ['EEG', 'EOG', 'EMG'])}
 _MEASURED = {'MTSSRL-MD': ['BACC', 'MF1', 'kappa'], 'SleepSMC': ['Accuracy', 'MacroF1', 'Kappa']}
 
 def _unprinted(paper, table)->pd.DataFrame: # as of `printed_tables`
-    systems,at = _UNPRINTED.get((paper, table), ()), _AT.get(table) or _AT.get(paper, ((), ()))
+    of = _UNPRINTED.get((paper, table), ((), (), ()))
     rows = [dict(paper=paper, table=table, dataset=dataset, setting=setting, model=model, modality=modality, metric=metric)
-            for (model,setting),dataset,modality,metric in product(systems, *at, _MEASURED[paper])]
+            for (model,setting),dataset,modality,metric in product(*of, _MEASURED[paper])]
     return pd.DataFrame(rows, columns=_printed().columns).astype(dict(mean=float, std=float))
 
+# %% ../nbs/615_recipes.ipynb #6a1c02d4
 def check_recipe(
     recipe:str, # a key of `RECIPES`
     scale:str,  # a key of `SCALES`

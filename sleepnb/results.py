@@ -286,8 +286,8 @@ def plot_results(
 
 # %% ../nbs/625_results.ipynb #aff505cb
 def _counted(claims, apart):
-    parts = claims.groupby('claim', sort=False) if apart else []
-    return '; '.join(f'{name}: {count_verdicts(of)}' for name,of in parts) or count_verdicts(claims)
+    if not apart: return count_verdicts(claims)
+    return '; '.join(f'{name}: {count_verdicts(of)}' for name,of in claims.groupby('claim', sort=False))
 
 def results_summary(
     scale:str='small',    # a key of `SCALES`

@@ -68,20 +68,21 @@ def test_jobs_are_bash_and_ask_before_they_begin(name):
     assert head == '#!/bin/bash' and any(asked) and sorted(asked, reverse=True) == asked
 
 def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(tmp_path):
-    runs = runs_of('mtssrl-table6', 'smoke')
-    job = 'table.sbatch', 'mtssrl-table6', '--scale', 'smoke'
+    runs = runs_of('mtssrl-table1', 'smoke')
+    job = 'table.sbatch', 'mtssrl-table1', '--scale', 'smoke'
     (tmp_path/'scheduler-7.json').write_text('{"address": "tcp://127.0.0.1:1"}')     # of the job before it was requeued
     process = start(tmp_path, *job)
     wait_for(lambda: is_done(runs[0], tmp_path/'runs'), process)
     process.terminate()
     assert end(process, tmp_path)
     before = {r: (tmp_path/'runs'/r.id/'result.json').stat().st_mtime_ns for r in runs if is_done(r, tmp_path/'runs')}
-    assert [*before] == runs[:1]
+    assert 0 < len(before) < len(runs)
     assert end(start(tmp_path, *job), tmp_path) == 0, (tmp_path/'log').read_text()
     told = (tmp_path/'log').read_text()
     assert {r: (tmp_path/'runs'/r.id/'result.json').stat().st_mtime_ns for r in before} == before
     assert all(is_done(r, tmp_path/'runs') for r in runs)
-    assert '2 runs, 1 done' in told and f'done: {runs[-1]}' in told and 'smoke: 2 of 2 runs found' in told
+    assert f'7 runs, {len(before)} done' in told and 'smoke: 7 of 7 runs found' in told
+    assert all(told.count(f'done: {r}') == 1 for r in runs if r not in before)
     assert not [*tmp_path.rglob('failed.json')] and not [*tmp_path.glob('scheduler*')]
 
 def test_a_job_ends_when_there_are_no_workers(tmp_path):

@@ -28,6 +28,11 @@ def error_rate(run):
     before = run.parent.config
     return .1 - .05*(not any(c['unfreeze'])) + .1*(before['weighting'] == 'equal') + .2*(len(before['tasks']) < 3) + .1*(len(before['data']) < 3) + .1*('cam' in before)
 
+def stages_of(person, rate, epochs=200):
+    "What a made-up person's night is, and what is staged."
+    stage,wrong = np.arange(epochs) % 5, np.random.default_rng(person).random(epochs) < rate
+    return stage, np.where(wrong, (stage + 1) % 5, stage)
+
 def make_up(run, out, rate=None, people=3, epochs=200):
     "A result as a run leaves it; whoever is right less often is also wrong wherever the other is."
     using = [] if run.task == 'pretrain' else ['EEG'] if run.task in ('finetune', 'scratch') else \
@@ -37,8 +42,7 @@ def make_up(run, out, rate=None, people=3, epochs=200):
     nights = []
     for u in using:
         for person in range(people):
-            stage,wrong = np.arange(epochs) % 5, np.random.default_rng(person).random(epochs) < rate
-            digits = [''.join(map(str, o)) for o in (stage, np.where(wrong, (stage + 1) % 5, stage))]
+            digits = [''.join(map(str, o)) for o in stages_of(person, rate, epochs)]
             nights.append(dict(using=u, cohort='c', subject=str(person), night='1', stage=digits[0], pred=digits[1]))
     scores = {u: {m: [1 - rate, .9 - rate, None, None, epochs] for m in METRICS.values()} for u in using}
     (out/run.id).mkdir(parents=True, exist_ok=True)
@@ -92,14 +96,7 @@ def test_a_seed_is_compared_with_the_same_seed(tmp_path):
         if (rate := rates.get((run.config['contrast'], run.config['seed']))): make_up(run, tmp_path, rate)
     claims = results_claims('sleepsmc-seeds', out=tmp_path)
     assert {*claims.verdict} == {'holds'} and {*claims.runs} == {2} and {*claims.expected} == {3}
-    def kappa(*rates):
-        true,pred = [], []
-        for rate in rates:
-            for person in range(3):
-                wrong = np.random.default_rng(person).random(200) < rate
-                true.append(np.arange(200) % 5)
-                pred.append(np.where(wrong, (true[-1] + 1) % 5, true[-1]))
-        return cohen_kappa_score(np.concatenate(true), np.concatenate(pred))
+    def kappa(*rates): return cohen_kappa_score(*np.concatenate([stages_of(p, r) for r in rates for p in range(3)], axis=1))
     np.testing.assert_allclose(claims.value, kappa(.2, .25) - kappa(.3, .4))
     assert results_table('sleepsmc-seeds', out=tmp_path).map(lambda cell: cell.endswith('2 of 3')).all(axis=1).sum() == 9
 
