@@ -236,9 +236,9 @@ def table_rows(
     """The rows of a table, and what has to be trained for each.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
-    *_,runs_of,how = check_recipe(recipe, scale)
+    *_,trained,how = check_recipe(recipe, scale)
     rows = recipe_numbers(recipe, scale)[['dataset', 'setting', 'model', 'modality']].drop_duplicates().reset_index(drop=True)
-    return rows.assign(runs=[runs_of(row, how) for row in rows.itertuples()])
+    return rows.assign(runs=[trained(row, how) for row in rows.itertuples()])
 
 def runs_of(
     recipe:str,         # a key of `RECIPES`

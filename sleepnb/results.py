@@ -16,7 +16,7 @@ import pandas as pd
 
 from .core import SleepnbError
 from .recipes import ACTING, FREE, METRICS, SIZES, UNITS, check_recipe, read_settings, recipe_numbers, table_rows
-from .runs import compare_runs, recipe_status, recipe_table
+from .runs import compare_runs, read_result, recipe_status, recipe_table
 
 # %% ../nbs/625_results.ipynb #adbe5cee
 _WHERE = ['dataset', 'labels', 'modality']
@@ -38,13 +38,19 @@ def _named(rows): # of a table, with `system` and `labels`
     return rows.assign(system=[_system(row) for row in rows.itertuples()], labels=labels)
 
 # %% ../nbs/625_results.ipynb #9ee895e5
+def _used_all(run, out): # did the learning rate that was chosen go through all its passes, or did patience end it?
+    log = pd.DataFrame((read_result(run, out) or {}).get('training', {}))
+    if 'patience' not in run.config or log.empty: return None
+    chosen = log[log.lr == log.lr[log.macro_f1.idxmax()]]
+    return chosen['pass'].max() + 1 == run.config['passes']
+
 def describe_runs(
     recipe:str,           # a key of `RECIPES`
     scale:str='small',    # a key of `SCALES`
     out:str|Path='runs',  # where runs are
 )->str:                   # lines
     """Says how many runs of a recipe were found, and how many rows of its table are complete, what has the place of each
-    dataset, and which systems are not built.
+    dataset, how many trainings were ended by the number of their passes, and which systems are not built.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     status,rows = recipe_status(recipe, scale, out).state, table_rows(recipe, scale)
@@ -58,6 +64,8 @@ def describe_runs(
     said += f', {complete} of {len(built)} rows complete'
     data = {row.dataset: row.runs[0].config['data'][0]['name'] for row in built.itertuples()}
     lines = [said, 'data: ' + ', '.join(f'{name} for {dataset}' for dataset,name in data.items())]
+    used = [o for r in {r: None for runs in built.runs for r in runs} if (o := _used_all(r, out)) is not None]
+    if used: lines.append(f'{sum(used)} of {len(used)} trainings used all their passes; patience ended the others')
     if scale == 'smoke': lines.append('The numbers mean nothing: the scale smoke only shows that everything runs.')
     if len(absent := rows.drop(built.index).model.unique()): lines.append('not built: ' + ', '.join(absent))
     return '\n'.join(lines)
@@ -132,9 +140,9 @@ CLAIMS = { # key of `RECIPES` → claim
                            _better(_WHOLE, 'RP (S)', 'TS (S)', 'CPC (S)', 'SeqCLR (S+I+A)')),
     'mtssrl-figure4': Claim('Channel alignment with 72 dimensions and 16 virtual channels is better than with more or fewer',
                             _better('72 × 16', *_OTHER_SIZES)),
-    'mtssrl-freezing': Claim('With 5 % of the labels, is fine-tuning better with layers free that are frozen at first, or '
-                             'always?', [], [(f'{free} > {than}', free, [baseline]) for free in FREE.values()
-                                  for than,baseline in (('frozen', _WHOLE), ('from scratch', 'from scratch'))], apart=True),
+    'mtssrl-freezing': Claim('With 5 % of the labels, is fine-tuning better if it freezes less, or nothing?', [],
+                             [(f'{free} > {than}', free, [baseline]) for free in FREE.values()
+                              for than,baseline in (('frozen', _WHOLE), ('from scratch', 'from scratch'))], apart=True),
     'sleepsmc-table1': Claim('With all modalities, SleepSMC stages better than each baseline', _better('SleepSMC', *_OTHERS)),
     'sleepsmc-table2': _by_one('ISRUC-S3'),
     'sleepsmc-table3': Claim('The contrast between modalities (C) gains, and so does uncertainty (U)',

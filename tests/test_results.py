@@ -146,6 +146,15 @@ def test_one_of_nine_runs_is_no_whole_row(tmp_path):
     assert results_table('mtssrl-table6', 'paper', tmp_path).loc['MTSSRL-MD (S+I+A)', 'MF1'] == '50.00 (76.94), 1 of 9'
     assert drawn('mtssrl-table6', 'paper', tmp_path, 'MF1') == pytest.approx([40, 55])
 
+def test_trainings_that_used_all_their_passes_are_counted(tmp_path):
+    "Of two rates the one with the better pass was chosen: with patience it ended early, or it did not."
+    for run,n in zip((r for r in runs_of('mtssrl-table2') if r.parent), (12, 12, 9)):
+        make_up(run, tmp_path)
+        path,other = tmp_path/run.id/'result.json', 21 - n
+        made = {'pass': [*range(n), *range(other)], 'lr': [.001]*n + [.003]*other, 'macro_f1': [.2, .6] + [.5]*(n + other - 2)}
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(training=made)))
+    assert '\n2 of 3 trainings used all their passes' in describe_runs('mtssrl-table2', out=tmp_path)
+
 def test_a_pretraining_is_no_row(tmp_path):
     "Where only it is there, all cells are dashes, and nothing says otherwise."
     make_up(runs_of('mtssrl-table6')[0], tmp_path)
@@ -193,7 +202,7 @@ def test_pages_run_without_their_runs(page, kept, tmp_path):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
 def test_no_number_is_typed(page):
-    "Text has whole numbers only, those of the protocol: what was measured or printed is computed."
+    "Text of pages that read runs has whole numbers only; other pages compare what they type with artefacts."
     text = '\n'.join(c.source for c in read_nb(page).cells if c.cell_type == 'markdown')
     assert not re.findall(r'(?<![\w.])\d*[.,]\d+', text)
 

@@ -2,6 +2,7 @@
 import ast, hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from collections import Counter
 from functools import partial
+from itertools import product
 from pathlib import Path
 from threading import Thread
 
@@ -10,15 +11,18 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sleepnb
 from sleepnb.core import SleepnbError, WeightsError
 from sleepnb.data.store import EpochStore
+from sleepnb.metrics import score_difference
 from sleepnb.recipes import DATASETS, RECIPES, SCALES, Run, runs_of, table_rows
 from sleepnb.results import describe_runs, results_table
-from sleepnb.runs import (_begin, _workers, carry_out, compare_runs, estimate_hours, is_done, read_result, read_stages, recipe_status,
-                          recipe_table, run_recipe, runs_to_do)
+from sleepnb.runs import (_begin, _workers, carry_out, compare_runs, compare_stages, estimate_hours, is_done, read_result, read_stages,
+                          recipe_status, recipe_table, run_recipe, runs_to_do)
 from sleepnb.trainings import _SHOWS, _UNUSED, TASKS, _read_code, code_checksum
 from sleepnb.weights import FORMAT, load_weights, write_tensors
 
@@ -304,6 +308,32 @@ def test_a_claim_is_a_difference_over_people(tmp_path):
     path.write_text(path.read_text().replace(f'"stage": "{stage}"', f'"stage": "{wrong}"', 1))    # one night is another
     assert compare_runs(runs[:1], runs[1:], out=tmp_path)['verdict'] == 'not computed'
 
+def test_all_ways_to_draw_few_people_are_counted():
+    "Naively: every order of three people, their epochs put together, and scikit-learn asked about both."
+    g = np.random.default_rng(0)
+    epochs = pd.DataFrame(dict(cohort='c', subject=np.repeat([*'abc'], 60), night=1, stage=g.integers(0, 5, 180)))
+    wrong = lambda share: np.where(g.random(180) < share, g.integers(0, 5, 180), epochs.stage)
+    a,b = epochs.assign(pred=wrong(.2)), epochs.assign(pred=wrong(.3))
+    tail = stats.norm.cdf(-np.sqrt(3/2)*stats.t.ppf(.975, 2))
+    for metric,score in dict(macro_f1=partial(f1_score, average='macro'), kappa=cohen_kappa_score).items():
+        apart = []
+        for who in product('abc', repeat=3):
+            x,y = (pd.concat([o[o.subject == s] for s in who]) for o in (a, b))
+            apart.append(score(x.stage, x.pred) - score(y.stage, y.pred))
+        found = compare_stages(a, b, metric)
+        np.testing.assert_allclose([found['low'], found['high']], np.quantile(apart, [tail, 1 - tail]))
+        np.testing.assert_allclose(found['value'], score(a.stage, a.pred) - score(b.stage, b.pred))
+
+def test_of_more_people_many_draws_are_enough():
+    "Up to seven people are counted out, more are drawn, and the intervals of both are nearly the same."
+    g = np.random.default_rng(0)
+    for people in (7, 8):
+        epochs = pd.DataFrame(dict(cohort='c', subject=np.repeat(np.arange(people), 60), night=1, stage=g.integers(0, 5, 60*people)))
+        a,b = (epochs.assign(pred=np.where(g.random(60*people) < share, 0, epochs.stage)) for share in (.2, .3))
+        found,drawn = compare_stages(a, b), score_difference(a, b, n_boot=50_000, seed=1).loc['macro_f1']
+        np.testing.assert_allclose([found[k] for k in ('value', 'low', 'high')], drawn[['value', 'low', 'high']], atol=.003)
+        assert found['people'] == people
+
 def test_hours_by_hand():
     run = next(r for r in runs_of('sleepsmc-table2') if r.config['primary'] == 'EOG')
     assert estimate_hours([run]) == pytest.approx((.64*30*480*6*.0035*2 + 1) / 3600)
@@ -311,13 +341,13 @@ def test_hours_by_hand():
     assert estimate_hours([run]) == pytest.approx((520*100*6*.003 + 1) / 3600)   # two views, three epochs, one
 
 @pytest.mark.parametrize('recipe', ['mtssrl-table1', 'mtssrl-table3', 'mtssrl-table4', 'mtssrl-table5', 'sleepsmc-table2',
-                                    'sleepsmc-table3'])
+                                    'mtssrl-figure4', 'sleepsmc-table3', 'sleepsmc-equation8', 'sleepsmc-seeds'])
 def test_hours_are_those_of_the_committed_runs(recipe):
-    "Within a factor of two for a table; within three for a training."
+    "Within a factor of two for a table; within four for a training, which may have ended early."
     runs = [r for r in runs_of(recipe) if is_done(r, RUNS)]
     took = [read_result(r, RUNS)['made']['cpu_seconds'] / 3600 for r in runs]
     assert runs and .5 < estimate_hours(runs) / sum(took) < 2
-    for run,hours in zip(runs, took): assert 1/3 < estimate_hours([run]) / hours < 3, run
+    for run,hours in zip(runs, took): assert 1/4 < estimate_hours([run]) / hours < 4, run
 
 def test_hours_at_the_scale_smoke():
     "What 20 runs took on a small machine: 33 seconds of a core, within a factor of two."
@@ -349,7 +379,15 @@ def test_jobs_and_schedulers_that_there_are_not(tmp_path):
     assert carry_out([tiny(0)], tmp_path, **where) == {}                      # nothing is left to do, and nobody is asked
     assert time.monotonic() - began < 5
 
-def test_a_killed_run_goes_on_to_the_same_result(out, tmp_path):
+@pytest.fixture
+def steps():
+    "Which optimizer took each step."
+    taken = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: taken.append(optimizer))
+    yield taken
+    hook.remove()
+
+def test_a_killed_run_goes_on_to_the_same_result(out, tmp_path, steps):
     code = ('import sys; from sleepnb.callbacks import Checkpoint; from sleepnb.runs import run_recipe; Checkpoint.__init__.__defaults__ = (0.,); '
             'run_recipe("mtssrl-table6", "smoke", sys.argv[1], progress=False)')     # written down after every step
     first,second = runs_of('mtssrl-table6', 'smoke')
@@ -357,13 +395,17 @@ def test_a_killed_run_goes_on_to_the_same_result(out, tmp_path):
     while process.poll() is None and not (tmp_path/first.id/'checkpoint.safetensors').exists(): time.sleep(.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not is_done(first, tmp_path)
+    assert not carry_out([first], tmp_path, progress=False)
+    left = len(steps)
+    assert not carry_out([first], tmp_path/'whole', progress=False)
+    assert left < len(steps) - left                                           # than at one go
     run_recipe('mtssrl-table6', 'smoke', tmp_path, progress=False)
     for run in (first, second):
         one,two = (read_result(run, o) for o in (out, tmp_path))
         for k in ('scores', 'nights', 'training'): assert one[k] == two[k]
     assert not [*tmp_path.rglob('*checkpoint*')]
 
-def test_a_killed_training_for_any_modality_goes_on_to_the_same_result(tmp_path):
+def test_a_killed_training_for_any_modality_goes_on_to_the_same_result(tmp_path, steps):
     "Killed after the second of three passes, by whose validation the weights of each modality are chosen."
     run, = {r for r in runs_of('sleepsmc-table2', 'smoke') if r.config['primary'] == 'any'}
     run = Run(run.task, run.config | dict(passes=3))
@@ -377,6 +419,8 @@ def test_a_killed_training_for_any_modality_goes_on_to_the_same_result(tmp_path)
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path/'killed')]).returncode == -signal.SIGKILL
     assert (tmp_path/'killed'/run.id/'checkpoint.safetensors').exists()
     for folder in ('killed', 'whole'): assert carry_out([run], tmp_path/folder, progress=False) == {}
+    left,whole = Counter(map(id, steps)).values()
+    assert 3*left == whole                                                    # of three passes one was left
     one,two = (read_result(run, tmp_path/folder) for folder in ('killed', 'whole'))
     for k in ('scores', 'nights', 'training'): assert one[k] == two[k]
 
