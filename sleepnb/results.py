@@ -38,11 +38,11 @@ def _named(rows): # of a table, with `system` and `labels`
     return rows.assign(system=[_system(row) for row in rows.itertuples()], labels=labels)
 
 # %% ../nbs/625_results.ipynb #9ee895e5
-def _used_all(run, out): # did the learning rate that was chosen go through all its passes, or did patience end it?
+def _passes(run, out): # how many were gone through at the learning rate that was chosen, and which was best
     log = pd.DataFrame((read_result(run, out) or {}).get('training', {}))
     if 'patience' not in run.config or log.empty: return None
-    chosen = log[log.lr == log.lr[log.macro_f1.idxmax()]]
-    return chosen['pass'].max() + 1 == run.config['passes']
+    best = log.loc[log.macro_f1.idxmax()]
+    return log['pass'][log.lr == best.lr].max() + 1, best['pass'] + 1
 
 def describe_runs(
     recipe:str,           # a key of `RECIPES`
@@ -50,7 +50,7 @@ def describe_runs(
     out:str|Path='runs',  # where runs are
 )->str:                   # lines
     """Says how many runs of a recipe were found, and how many rows of its table are complete, what has the place of each
-    dataset, how many trainings were ended by the number of their passes, and which systems are not built.
+    dataset, how many trainings used all their passes, and which systems are not built.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     status,rows = recipe_status(recipe, scale, out).state, table_rows(recipe, scale)
@@ -64,8 +64,9 @@ def describe_runs(
     said += f', {complete} of {len(built)} rows complete'
     data = {row.dataset: row.runs[0].config['data'][0]['name'] for row in built.itertuples()}
     lines = [said, 'data: ' + ', '.join(f'{name} for {dataset}' for dataset,name in data.items())]
-    used = [o for r in {r: None for runs in built.runs for r in runs} if (o := _used_all(r, out)) is not None]
-    if used: lines.append(f'{sum(used)} of {len(used)} trainings used all their passes; patience ended the others')
+    ended = [(*o, r.config['passes']) for r in {r: None for runs in built.runs for r in runs} if (o := _passes(r, out))]
+    whole,last = (sum(o[i] == o[2] for o in ended) for i in (0, 1))
+    if ended: lines.append(f'of {len(ended)} trainings that patience may end, {whole} used all their passes, {last} were best in the last')
     if scale == 'smoke': lines.append('The numbers mean nothing: the scale smoke only shows that everything runs.')
     if len(absent := rows.drop(built.index).model.unique()): lines.append('not built: ' + ', '.join(absent))
     return '\n'.join(lines)

@@ -381,12 +381,15 @@ def read_stages(
                                           run=which, epoch=np.arange(len(stage)), stage=stage, pred=pred)))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
 
-def _of_all_draws(epochs, rival, metric): # low, high: the interval when all ways to draw the people are counted
-    conf = [np.stack([confusion(p.stage, p.pred) for _,p in o.groupby(['cohort', 'subject'])]) for o in (epochs, rival)]
-    n = len(conf[0])
+def _by_person(epochs): # confusion matrices, in the order of names
+    who = [epochs[c].astype(str) for c in ('cohort', 'subject')]
+    return np.stack([confusion(o.stage, o.pred) for _,o in epochs.groupby(who)])
+
+def _of_all_draws(conf, rival, metric): # low, high: every way to draw the people counts as often as it comes
+    n = len(conf)
     ways = [np.bincount(o, minlength=n).tolist() for o in combinations_with_replacement(range(n), n)]
     orders = [factorial(n) // prod(map(factorial, often)) for often in ways]                     # in which each may come
-    apart = np.subtract(*(agreement(np.tensordot(ways, c, 1))[metric] for c in conf))
+    apart = np.subtract(*(agreement(np.tensordot(ways, c, 1))[metric] for c in (conf, rival)))
     return _interval(np.repeat(apart, orders), n, .95)
 
 def compare_stages(
@@ -398,12 +401,13 @@ def compare_stages(
     """Is it better than its rival? It is when the 95 % interval over people lies above zero.
 
     Raises what `score_difference` does."""
-    people = epochs.groupby(['cohort', 'subject']).ngroups
-    few = people <= 7                                                # 7**7 orders are counted in a moment, 8**8 are not
-    apart = score_difference(epochs, rival, n_boot=1 if few else 5000).loc[metric]
-    low,high = _of_all_draws(epochs, rival, metric) if few else (apart.low, apart.high)
+    value = score_difference(epochs, rival, n_boot=0).value[metric]
+    conf,others = _by_person(epochs), _by_person(rival)
+    if len(conf) <= 7: low,high = _of_all_draws(conf, others, metric) # 7**7 orders are counted in a moment, 8**8 are not
+    else: low,high = score_difference(epochs, rival).loc[metric, ['low', 'high']]
+    value,low,high = np.round([value, low, high], 12).tolist()        # a quantile between 0 and more is a trace above 0
     verdict = 'holds' if low > 0 else 'does not hold' if high < 0 else 'undecided'
-    return dict(value=apart.value, low=low, high=high, people=people, verdict=verdict)
+    return dict(value=value, low=low, high=high, people=len(conf), verdict=verdict)
 
 def compare_runs(
     ours:Iterable[Run],
