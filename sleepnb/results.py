@@ -66,7 +66,8 @@ def describe_runs(
     lines = [said, 'data: ' + ', '.join(f'{name} for {dataset}' for dataset,name in data.items())]
     ended = [(*o, r.config['passes']) for r in {r: None for runs in built.runs for r in runs} if (o := _passes(r, out))]
     whole,last = (sum(o[i] == o[2] for o in ended) for i in (0, 1))
-    if ended: lines.append(f'of {len(ended)} trainings that patience may end, {whole} used all their passes, {last} were best in the last')
+    if ended: lines.append(f'of {len(ended)} trainings that patience may end, {whole} used all their passes, '
+                           f'{last} were best in the last')
     if scale == 'smoke': lines.append('The numbers mean nothing: the scale smoke only shows that everything runs.')
     if len(absent := rows.drop(built.index).model.unique()): lines.append('not built: ' + ', '.join(absent))
     return '\n'.join(lines)
