@@ -50,7 +50,7 @@ def describe_runs(
     out:str|Path='runs',  # where runs are
 )->str:                   # lines
     """Says how many runs of a recipe were found, and how many rows of its table are complete, what has the place of each
-    dataset, how many trainings used all their passes, and which systems are not built.
+    dataset, how many trainings were not stopped early, and which systems are not built.
 
     Raises `SleepnbError` for a recipe or a scale that there is not."""
     status,rows = recipe_status(recipe, scale, out).state, table_rows(recipe, scale)
@@ -66,8 +66,8 @@ def describe_runs(
     lines = [said, 'data: ' + ', '.join(f'{name} for {dataset}' for dataset,name in data.items())]
     ended = [(*o, r.config['passes']) for r in {r: None for runs in built.runs for r in runs} if (o := _passes(r, out))]
     whole,last = (sum(o[i] == o[2] for o in ended) for i in (0, 1))
-    if ended: lines.append(f'of {len(ended)} trainings that patience may end, {whole} used all their passes, '
-                           f'{last} were best in the last')
+    if ended: lines.append(f'{whole} of {len(ended)} trainings ran to their last pass, without early stopping; '
+                           f'in {last} it was the best')
     if scale == 'smoke': lines.append('The numbers mean nothing: the scale smoke only shows that everything runs.')
     if len(absent := rows.drop(built.index).model.unique()): lines.append('not built: ' + ', '.join(absent))
     return '\n'.join(lines)

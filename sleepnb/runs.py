@@ -370,7 +370,9 @@ def read_stages(
     out:str|Path='runs',
 )->pd.DataFrame:           # per scored epoch: cohort, subject, night, run (its split and seed), epoch (counted), stage, pred;
                            # empty if none is done
-    "What was predicted for the test people; a night that several runs have staged is there once for each split and seed."
+    """What one system predicted for the test people: a night is there once for each split and seed.
+
+    Raises `SleepnbError` if it is there twice, as when runs of two systems are mixed."""
     columns,rows = ['cohort', 'subject', 'night', 'run', 'epoch', 'stage', 'pred'], []
     for run in runs:
         which = f'{run.config["split"]} {run.config["seed"]}'
@@ -379,7 +381,12 @@ def read_stages(
             stage,pred = (np.array([*night[k]], dtype=np.int8) for k in ('stage', 'pred'))
             rows.append(pd.DataFrame(dict(cohort=night['cohort'], subject=night['subject'], night=f'{night["night"]} {which}',
                                           run=which, epoch=np.arange(len(stage)), stage=stage, pred=pred)))
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
+    found = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
+    if (twice := found.duplicated(columns[:5])).any():
+        cohort,subject,night,_ = found[twice].iloc[0][columns[:4]]
+        raise SleepnbError('a night is staged twice with one split and seed', where=f'{subject} of {cohort}, night {night}',
+                           expected='runs of one system', remedy='Read the runs of each system by themselves.')
+    return found
 
 def _by_person(epochs): # confusion matrices, in the order of names
     who = [epochs[c].astype(str) for c in ('cohort', 'subject')]
@@ -400,8 +407,10 @@ def compare_stages(
                            # undecided
     """Is it better than its rival? It is when the 95 % interval over people lies above zero.
 
-    Raises what `score_difference` does."""
-    value = score_difference(epochs, rival, n_boot=0).value[metric]
+    Raises `SleepnbError` for a metric that there is not, and what `score_difference` does."""
+    scores = score_difference(epochs, rival, n_boot=0).value
+    if metric not in scores: raise SleepnbError('there is no such metric', expected=', '.join(scores.index), found=repr(metric))
+    value = scores[metric]
     conf,others = _by_person(epochs), _by_person(rival)
     if len(conf) <= 7: low,high = _of_all_draws(conf, others, metric) # 7**7 orders are counted in a moment, 8**8 are not
     else: low,high = score_difference(epochs, rival).loc[metric, ['low', 'high']]

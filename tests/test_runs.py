@@ -361,6 +361,11 @@ def test_what_cannot_be_compared_is_an_error():
     a,b = made_up_people(3)
     with pytest.raises(SleepnbError, match='the two are not of the same epochs'): compare_stages(a, b[b.subject > 0])
     with pytest.raises(SleepnbError, match='the table has no column cohort'): compare_stages(a, b.drop(columns='cohort'))
+    with pytest.raises(SleepnbError, match="no such metric .*macro_f1.* found 'MF1'"): compare_stages(a, b, 'MF1')
+
+def test_runs_of_two_systems_are_not_mixed(out):
+    run = runs_of('mtssrl-table6', 'smoke')[1]
+    with pytest.raises(SleepnbError, match='a night is staged twice with one split and seed'): read_stages([run, run], out=out)
 
 def test_hours_by_hand():
     run = next(r for r in runs_of('sleepsmc-table2') if r.config['primary'] == 'EOG')
