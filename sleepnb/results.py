@@ -38,11 +38,11 @@ def _named(rows): # of a table, with `system` and `labels`
     return rows.assign(system=[_system(row) for row in rows.itertuples()], labels=labels)
 
 # %% ../nbs/625_results.ipynb #9ee895e5
-def _passes(run, out): # how many were gone through at the learning rate that was chosen, and which was best
+def _at_the_end(run, out): # did the learning rate that was chosen run to its last pass, and was that the best?
     log = pd.DataFrame((read_result(run, out) or {}).get('training', {}))
     if 'patience' not in run.config or log.empty: return None
-    best = log.loc[log.macro_f1.idxmax()]
-    return log['pass'][log.lr == best.lr].max() + 1, best['pass'] + 1
+    best,last = log.loc[log.macro_f1.idxmax()], run.config['passes'] - 1
+    return log['pass'][log.lr == best.lr].max() == last, best['pass'] == last
 
 def describe_runs(
     recipe:str,           # a key of `RECIPES`
@@ -64,10 +64,11 @@ def describe_runs(
     said += f', {complete} of {len(built)} rows complete'
     data = {row.dataset: row.runs[0].config['data'][0]['name'] for row in built.itertuples()}
     lines = [said, 'data: ' + ', '.join(f'{name} for {dataset}' for dataset,name in data.items())]
-    ended = [(*o, r.config['passes']) for r in {r: None for runs in built.runs for r in runs} if (o := _passes(r, out))]
-    whole,last = (sum(o[i] == o[2] for o in ended) for i in (0, 1))
-    if ended: lines.append(f'{whole} of {len(ended)} trainings ran to their last pass, without early stopping; '
-                           f'in {last} it was the best')
+    ended = [o for r in {r for runs in built.runs for r in runs} if (o := _at_the_end(r, out))]
+    if ended:
+        whole,best = map(sum, zip(*ended))
+        lines.append(f'{whole} of {len(ended)} trainings ran to their last pass, without early stopping; '
+                     f'in {best} it was the best')
     if scale == 'smoke': lines.append('The numbers mean nothing: the scale smoke only shows that everything runs.')
     if len(absent := rows.drop(built.index).model.unique()): lines.append('not built: ' + ', '.join(absent))
     return '\n'.join(lines)

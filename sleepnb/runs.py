@@ -388,6 +388,7 @@ def read_stages(
                            expected='runs of one system', remedy='Read the runs of each system by themselves.')
     return found
 
+# %% ../nbs/620_runs.ipynb #acec4939
 def _by_person(epochs): # confusion matrices, in the order of names
     who = [epochs[c].astype(str) for c in ('cohort', 'subject')]
     return np.stack([confusion(o.stage, o.pred) for _,o in epochs.groupby(who)])
